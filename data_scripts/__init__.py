@@ -1,0 +1,1 @@
+"""Embedded simulators, and converters of published data sets, to sharded Parquet."""

@@ -1,0 +1,1 @@
+"""Observables, distances, physics metrics and plots."""

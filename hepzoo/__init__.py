@@ -1,0 +1,1 @@
+"""A transformers-compatible model zoo for particle and nuclear physics."""

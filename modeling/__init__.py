@@ -1,0 +1,1 @@
+"""Networks: one `configuration_X.py` and `modeling_X.py` per family, and the files that families share."""

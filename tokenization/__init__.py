@@ -1,0 +1,1 @@
+"""Physics quantities to model inputs and back."""

@@ -1,0 +1,1 @@
+"""Scripts for `accelerate launch`, and the collators and callbacks they share."""
