@@ -1,0 +1,422 @@
+"""
+Stock `generate()` for models whose positions carry several token ids.
+
+`input_ids` has shape (batch, length, streams) and `logits` is a tuple with one (batch, length, vocab_k) tensor per
+stream. The public `generate()` of transformers stays as it is: the mixin overrides the hooks in which the library
+assumes one vocabulary, and gives every stream its own standard `LogitsProcessorList`.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+)
+
+Scores = tuple[torch.Tensor, ...]
+
+
+class StreamLogitsProcessor(LogitsProcessor):
+    """
+    Restricts any standard logits processor to one stream.
+
+    Args:
+        stream (`int`): index of the stream (CMHCA-DIRC: 0 space, 1 time).
+        processor (`LogitsProcessor`): called with the (batch, length) ids and (batch, vocab) scores of that stream.
+    """
+
+    def __init__(self, stream: int, processor: LogitsProcessor):
+        self.stream = stream
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.processor(input_ids, scores)
+
+
+class JointLogitsProcessor(LogitsProcessor):
+    """
+    Base class of constraints that look at several streams at once.
+
+    `__call__` gets all ids, (batch, length, streams), and a tuple of scores, one (batch, vocab_k) tensor per stream,
+    and returns such a tuple. Joint processors run before the processors of the single streams.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Scores) -> Scores:
+        raise NotImplementedError(f"{self.__class__.__name__} must implement __call__")
+
+
+class ExponentialTemperatureLogitsProcessor(LogitsProcessor):
+    """
+    Temperature that falls with the step s = 0, 1, ...: T(s) = final + (initial - final) * 100^(-s / num_steps).
+
+    The dynamic temperature of CMHCA-DIRC: 1.05 at the first photon, 0.951 at the last.
+
+    Args:
+        prompt_length (`int`): length of `input_ids` at step 0.
+        num_steps (`int`): steps after which the excess has fallen to 1 %.
+    """
+
+    def __init__(self, prompt_length: int, num_steps: int, initial: float = 1.05, final: float = 0.95):
+        if num_steps <= 0 or initial <= 0 or final <= 0:
+            raise ValueError(
+                f"num_steps, initial and final must be positive, got {num_steps}, {initial} and {final}"
+            )
+        self.prompt_length = prompt_length
+        self.num_steps = num_steps
+        self.initial = initial
+        self.final = final
+
+    def temperature(self, step: int) -> float:
+        return self.final + (self.initial - self.final) * math.exp(-math.log(100.0) / self.num_steps * step)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores / self.temperature(input_ids.shape[1] - self.prompt_length)
+
+
+class LinearTemperatureLogitsProcessor(LogitsProcessor):
+    """Temperature that falls linearly with the step s to a floor: T(s) = max(1 - s / num_steps, floor)."""
+
+    def __init__(self, prompt_length: int, num_steps: int, floor: float = 0.95):
+        if num_steps <= 0 or floor <= 0:
+            raise ValueError(f"num_steps and floor must be positive, got {num_steps} and {floor}")
+        self.prompt_length = prompt_length
+        self.num_steps = num_steps
+        self.floor = floor
+
+    def temperature(self, step: int) -> float:
+        return max(1.0 - step / self.num_steps, self.floor)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores / self.temperature(input_ids.shape[1] - self.prompt_length)
+
+
+class ForbiddenTokensLogitsProcessor(LogitsProcessor):
+    """
+    Never draws the given ids: special tokens (SOS, pad), pixels of dead channels.
+
+    Args:
+        token_ids: ids of the stream the processor is applied to.
+    """
+
+    def __init__(self, token_ids: Sequence[int] | torch.Tensor):
+        self.token_ids = torch.as_tensor(token_ids, dtype=torch.long).flatten()
+        if (self.token_ids < 0).any():
+            raise ValueError(f"token ids must not be negative, got {self.token_ids.min().item()}")
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(-1, self.token_ids.to(scores.device), -torch.inf)
+
+
+class MonotonicLogitsProcessor(LogitsProcessor):
+    """
+    Ordinary ids of the stream never decrease (hits ordered in time).
+
+    Args:
+        first_id, last_id (`int`): the ordered range of ids, both included; other ids (SOS, EOS, pad) stay as they are.
+    """
+
+    def __init__(self, first_id: int, last_id: int):
+        if not 0 <= first_id <= last_id:
+            raise ValueError(f"expected 0 <= first_id <= last_id, got {first_id} and {last_id}")
+        self.first_id = first_id
+        self.last_id = last_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        previous = input_ids[:, -1:]
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        ordered = (ids >= self.first_id) & (ids <= self.last_id)
+        started = (previous >= self.first_id) & (previous <= self.last_id)
+        return scores.masked_fill(ordered & started & (ids < previous), -torch.inf)
+
+
+class NucleusLogitsWarper(LogitsProcessor):
+    """
+    The same tokens as `transformers.TopPLogitsWarper`, found without sorting indices.
+
+    The stock warper sorts values with their indices and scatters the result back, which costs more than a small
+    network. Only the sorted *values* are needed: they give the number of tokens to remove and the value of the first
+    one kept. Tokens of exactly that value are removed in the order of their ids, as a stable sort would.
+
+    Args:
+        top_p (`float`): the smallest set of most probable tokens whose probabilities add up to `top_p` is kept.
+        min_tokens_to_keep (`int`).
+    """
+
+    def __init__(self, top_p: float, filter_value: float = -torch.inf, min_tokens_to_keep: int = 1):
+        self.top_p = float(top_p)
+        if not 0 <= self.top_p <= 1.0:
+            raise ValueError(f"`top_p` has to be a float between 0 and 1, but is {top_p}")
+        if not isinstance(min_tokens_to_keep, int) or min_tokens_to_keep < 1:
+            raise ValueError(f"`min_tokens_to_keep` has to be a positive integer, but is {min_tokens_to_keep}")
+        self.filter_value = filter_value
+        self.min_tokens_to_keep = min_tokens_to_keep
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ascending = _sorted_values(scores)
+        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - self.top_p)
+        num_removed = removed.sum(dim=-1, keepdim=True).clamp_(max=scores.shape[-1] - self.min_tokens_to_keep)
+        threshold = ascending.gather(-1, num_removed)
+        below = scores < threshold
+        filtered = scores.masked_fill(below, self.filter_value)
+
+        ties_to_remove = num_removed - below.sum(dim=-1, keepdim=True)
+        if (ties_to_remove > 0).any():
+            tied = scores == threshold
+            filtered = filtered.masked_fill(tied & (tied.cumsum(dim=-1) <= ties_to_remove), self.filter_value)
+        return filtered
+
+
+def _sorted_values(scores: torch.Tensor) -> torch.Tensor:
+    # numpy sorts float32 values about ten times faster than torch on a CPU, which always sorts the indices too
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sort(scores.detach().numpy(), axis=-1))
+    return scores.sort(dim=-1).values
+
+
+def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
+    """
+    One draw per row from softmax(scores), (batch, vocab) -> (batch,), by inverting the cumulative distribution.
+
+    The distribution of `torch.multinomial` with one random number per row instead of one per token. Rows with NaN
+    or without a possible token raise `ValueError`.
+    """
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        row = int((~torch.isfinite(total)).nonzero()[0, 0])
+        raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
+    uniform = torch.rand(total.shape, dtype=torch.float64, device=scores.device) * total
+    # the first id whose cumulative exceeds the draw: an id of probability zero never does
+    uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
+
+
+class MultiStreamLogitsProcessorList:
+    """One standard `LogitsProcessorList` per stream, after the joint processors."""
+
+    def __init__(self, joint: list[JointLogitsProcessor], streams: list[LogitsProcessorList]):
+        self.joint = joint
+        self.streams = streams
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Scores) -> Scores:
+        for processor in self.joint:
+            scores = processor(input_ids, scores)
+        return tuple(
+            processors(input_ids[..., stream], stream_scores)
+            for stream, (processors, stream_scores) in enumerate(zip(self.streams, scores))
+        )
+
+
+class MultiStreamEosCriteria(StoppingCriteria):
+    """
+    A row stops when its last ids are end-of-sequence ids, each stream compared with its own.
+
+    Args:
+        eos_token_ids: one id per stream.
+        mode (`"any"` or `"all"`): whether one stream or all of them must have ended.
+    """
+
+    def __init__(self, eos_token_ids: torch.Tensor, mode: str = "any"):
+        # the name under which the generation loop recognises an end-of-sequence criterion
+        self.eos_token_id = eos_token_ids
+        self.mode = mode
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        ended = input_ids[:, -1] == self.eos_token_id.to(input_ids.device)
+        return ended.any(dim=-1) if self.mode == "any" else ended.all(dim=-1)
+
+
+@dataclass
+class GenerateMultiStreamOutput(GenerateDecoderOnlyOutput):
+    """
+    Args:
+        sequences (`(batch, length, streams)`): prompt and generated ids.
+        scores, logits (tuple over steps of tuples over streams of `(batch, vocab_k)`).
+        continuous (dict of `(batch, length, ...)` tensors): values of the continuous streams, if the model has any.
+    """
+
+    continuous: dict[str, torch.Tensor] | None = None
+
+
+class MultiStreamGenerationMixin(GenerationMixin):
+    """
+    `GenerationMixin` for `input_ids` of shape (batch, length, streams).
+
+    The config provides `stream_bos_token_ids`, `stream_eos_token_ids` and `stream_pad_token_ids` (one per stream) and
+    `num_conditioning_tokens`, the leading positions that hold continuous conditioning. `forward` returns `logits` as
+    a tuple with one tensor per stream.
+
+    Differences from the stock behaviour, all of them consequences of several streams:
+
+    * a processor passed in `logits_processor` acts on every stream; wrap it in [`StreamLogitsProcessor`] to restrict it,
+      derive it from [`JointLogitsProcessor`] to see all streams;
+    * `generation_config.stream_overrides`, e.g. `{"1": {"temperature": 1.1}}`, sets parameters of single streams;
+    * `scores` and `logits` of the returned output are tuples (steps) of tuples (streams);
+    * a row that ends gets the end-of-sequence id in every stream, then each stream's pad id;
+    * greedy search and sampling only.
+    """
+
+    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+    stream_eos_mode = "any"
+    # inputs of shape (batch, length, ...) that `_choose_next` extends in `model_kwargs` and the output returns
+    continuous_streams: tuple[str, ...] = ()
+
+    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
+        """Without `input_ids`, every row of the conditioning tensors starts with its slots and one SOS."""
+        if inputs is not None:
+            return inputs
+        batch_size = next((value.shape[0] for value in model_kwargs.values() if isinstance(value, torch.Tensor)), 1)
+        bos = torch.tensor(self.config.stream_bos_token_ids, dtype=torch.long, device=self.device)
+        return bos.repeat(batch_size, self.config.num_conditioning_tokens + 1, 1)
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """A position is padding when all its streams hold their pad ids."""
+        pad = torch.tensor(self.config.stream_pad_token_ids, device=inputs_tensor.device)
+        return (inputs_tensor != pad).any(dim=-1).long()
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, logits_processor=None, **kwargs):
+        processors = list(logits_processor) if logits_processor is not None else []
+        joint = [processor for processor in processors if isinstance(processor, JointLogitsProcessor)]
+        single = [processor for processor in processors if not isinstance(processor, JointLogitsProcessor)]
+        overrides = getattr(generation_config, "stream_overrides", None) or {}
+        # stock processors that look at the prompt expect 2-D ids
+        kwargs["encoder_input_ids"] = None
+        eos_token_ids = self._stream_eos_token_ids(generation_config)
+
+        streams = []
+        for stream in range(self.config.num_streams):
+            stream_config = copy.deepcopy(generation_config)
+            stream_config.update(**overrides.get(str(stream), {}))
+            stream_config._eos_token_tensor = None if eos_token_ids is None else eos_token_ids[stream : stream + 1]
+            of_stream = [p for p in single if getattr(p, "stream", stream) == stream]
+            built = super()._get_logits_processor(
+                generation_config=stream_config, logits_processor=LogitsProcessorList(of_stream), **kwargs
+            )
+            streams.append(LogitsProcessorList(_faster_nucleus(processor) for processor in built))
+        return MultiStreamLogitsProcessorList(joint, streams)
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, stopping_criteria=None, **kwargs):
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        # the stock criterion would look for one id in all streams, where it may be an ordinary one
+        criteria = StoppingCriteriaList(c for c in criteria if type(c) is not EosTokenCriteria)
+        eos_token_ids = self._stream_eos_token_ids(generation_config)
+        if eos_token_ids is not None:
+            criteria.append(MultiStreamEosCriteria(eos_token_ids, self.stream_eos_mode))
+        return criteria
+
+    def _stream_eos_token_ids(self, generation_config: GenerationConfig) -> torch.Tensor | None:
+        """One end-of-sequence id per stream, (streams,), or `None` if `eos_token_id` was switched off."""
+        if generation_config._eos_token_tensor is None or (generation_config._eos_token_tensor < 0).any():
+            return None
+        return torch.tensor(self.config.stream_eos_token_ids, device=generation_config._eos_token_tensor.device)
+
+    def _choose_next(
+        self,
+        step_scores: Scores,
+        outputs,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+    ) -> tuple[torch.LongTensor, dict]:
+        """
+        Draws the ids of the next position, (batch, streams), from the processed scores of all streams.
+
+        Models with a continuous stream override this, draw their value from `outputs`, and keep it in `model_kwargs`.
+        """
+        draw = sample_from_scores if generation_config.do_sample else lambda scores: scores.argmax(dim=-1)
+        next_tokens = torch.stack([draw(scores) for scores in step_scores], dim=-1)
+        eos_token_ids = self._stream_eos_token_ids(generation_config)
+        if eos_token_ids is not None and self.stream_eos_mode == "any":
+            ended = (next_tokens == eos_token_ids).any(dim=-1, keepdim=True)
+            next_tokens = torch.where(ended, eos_token_ids, next_tokens)
+        return next_tokens, model_kwargs
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: MultiStreamLogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs,
+    ) -> GenerateMultiStreamOutput | torch.LongTensor:
+        """The library's loop for greedy search and sampling, with a tuple of logits and a row of ids per step."""
+        return_dict = generation_config.return_dict_in_generate
+        collected = {
+            name: () if return_dict and getattr(generation_config, f"output_{name}") else None
+            for name in ("scores", "logits", "attentions", "hidden_states")
+        }
+        pad = torch.tensor(self.config.stream_pad_token_ids, device=input_ids.device)
+        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
+        all_finished = False
+
+        model_forward = (
+            self.get_compiled_call(generation_config.compile_config)
+            if self._valid_auto_compile_criteria(model_kwargs, generation_config)
+            else self.__call__
+        )
+        outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+
+        while self._has_unfinished_sequences(all_finished, synced_gpus, device=input_ids.device):
+            if outputs is None:
+                model_inputs = self.prepare_inputs_for_generation(
+                    input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+                )
+                outputs = model_forward(**model_inputs, return_dict=True)
+            model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+            if synced_gpus and all_finished:
+                outputs = None
+                continue
+
+            step_logits = tuple(
+                logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
+            )
+            step_scores = logits_processor(input_ids, step_logits)
+            for name, value in (("scores", step_scores), ("logits", step_logits)):
+                if collected[name] is not None:
+                    collected[name] += (value,)
+            for name in ("attentions", "hidden_states"):
+                if collected[name] is not None:
+                    collected[name] += (getattr(outputs, name),)
+
+            next_tokens, model_kwargs = self._choose_next(
+                step_scores, outputs, input_ids, generation_config, model_kwargs
+            )
+            if has_eos:
+                next_tokens = torch.where(unfinished, next_tokens, pad)
+            input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
+            if streamer is not None:
+                streamer.put(next_tokens.cpu())
+            unfinished = unfinished & ~stopping_criteria(input_ids, collected["scores"]).unsqueeze(-1)
+            all_finished = not bool(unfinished.any())
+            outputs = None
+
+        if streamer is not None:
+            streamer.end()
+        if not return_dict:
+            return input_ids
+        continuous = {name: model_kwargs[name] for name in self.continuous_streams if name in model_kwargs}
+        return GenerateMultiStreamOutput(
+            sequences=input_ids,
+            past_key_values=model_kwargs.get("past_key_values"),
+            continuous=continuous or None,
+            **collected,
+        )
+
+
+def _faster_nucleus(processor: LogitsProcessor) -> LogitsProcessor:
+    if type(processor) is TopPLogitsWarper:
+        return NucleusLogitsWarper(processor.top_p, processor.filter_value, processor.min_tokens_to_keep)
+    return processor

@@ -1,0 +1,891 @@
+"""
+CMHCA-DIRC: a transformer over Cherenkov photons, arXiv:2505.08736.
+
+Each hit is a pair of ids (pixel, arrival time). In the first block the queries come from the times and the keys and
+values from the pixels (causal multi-head cross attention); the other blocks are ordinary self attention over the
+resulting stream. Two heads predict the next pixel and the next time from the same hidden state.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .chunked_cross_entropy import chunked_linear_cross_entropy
+from .configuration_cmhca_dirc import CMHCADircConfig
+from .generation_multistream import MultiStreamGenerationMixin
+
+# every class that a saved checkpoint can be opened with
+AUTO_CLASSES = {
+    "AutoModel": "CMHCADircModel",
+    "AutoModelForCausalLM": "CMHCADircForCausalLM",
+    "AutoModelForSequenceClassification": "CMHCADircForSequenceClassification",
+    "AutoModelForTokenClassification": "CMHCADircForTokenClassification",
+}
+
+
+@dataclass
+class CMHCADircModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`(batch, length, hidden_size)`): after the final norm; one position longer if the model has a
+            cls token.
+        router_probs (tuple of `(batch, length, num_experts)`, one per block): only with experts.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_probs: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class CMHCADircCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (scalar): space + time cross entropy, plus the load-balance loss in training with experts.
+        logits (tuple of `(batch, length, vocab_k)`): one tensor per stream. `None` in training with labels, where the
+            loss is computed without holding the logits.
+        predicted_times (`(batch, length)`): next time scaled to [0, 1]; only with `time_prediction="regression"`.
+        stream_losses (tuple of scalars): space loss, time loss.
+        aux_loss (scalar): load-balance loss; only in training with experts.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: tuple[torch.FloatTensor, ...] | None = None
+    predicted_times: torch.FloatTensor | None = None
+    stream_losses: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_probs: tuple[torch.FloatTensor, ...] | None = None
+
+
+class CMHCADircEmbeddings(nn.Module):
+    """Ids and kinematics to the space stream and the time stream that enter block 0."""
+
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__()
+        self.config = config
+        self.num_conditioning_tokens = config.num_conditioning_tokens
+        size = config.hidden_size
+        self.space = nn.Embedding(config.vocab_size, size)
+        self.space_position = nn.Embedding(config.max_position_embeddings, size)
+        if config.time_prediction == "categorical":
+            self.time = nn.Embedding(config.time_vocab_size, size)
+        else:
+            self.time = nn.Linear(1, size)
+        self.time_position = nn.Embedding(config.max_position_embeddings, size)
+        self.conditioning = nn.ModuleList(nn.Linear(1, size) for _ in config.conditioning_names)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        kinematics: torch.FloatTensor | None,
+        times: torch.FloatTensor | None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        """Returns two tensors of shape (batch, length, hidden_size)."""
+        hit_positions = (position_ids - self.num_conditioning_tokens).clamp(min=0)
+        space = self.space(input_ids[..., 0]) + self.space_position(hit_positions)
+        if self.config.time_prediction == "categorical":
+            time = self.time(input_ids[..., 1])
+        else:
+            time = self.time(times.to(self.time.weight.dtype).unsqueeze(-1))
+        time = time + self.time_position(hit_positions)
+
+        if kinematics is not None:
+            conditioning = self.embed_kinematics(kinematics)
+            # the same vectors replace the slots of both streams
+            slot = position_ids.clamp(max=self.num_conditioning_tokens - 1).expand(input_ids.shape[:2])
+            conditioning = conditioning.gather(1, slot.unsqueeze(-1).expand(-1, -1, conditioning.shape[-1]))
+            is_slot = (position_ids < self.num_conditioning_tokens).unsqueeze(-1)
+            space = torch.where(is_slot, conditioning, space)
+            time = torch.where(is_slot, conditioning, time)
+        return space, time
+
+    def embed_kinematics(self, kinematics: torch.FloatTensor) -> torch.FloatTensor:
+        """Physical kinematics (batch, quantities) to vectors (batch, quantities, hidden_size)."""
+        # python floats, so that nothing is left on the wrong device after loading
+        scaled = [
+            2 * (value - low) / (high - low) - 1
+            for value, (low, high) in zip(kinematics.float().unbind(-1), self.config.conditioning_ranges)
+        ]
+        dtype = self.conditioning[0].weight.dtype
+        return torch.stack(
+            [linear(value.to(dtype).unsqueeze(-1)) for linear, value in zip(self.conditioning, scaled)], dim=1
+        )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CMHCADircAttention(nn.Module):
+    """Attention on normalised queries and keys, scores = logit_scale * q.k with one learned scale per block."""
+
+    def __init__(self, config: CMHCADircConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        size = config.hidden_size
+        self.head_dim = size // config.heads_of_layer(layer_idx)
+        self.attention_dropout = config.dropout_of_layer(layer_idx)
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        # the published model has a bias in the cross-attention block only
+        self.o_proj = nn.Linear(size, size, bias=layer_idx == 0)
+        if config.qk_norm:
+            self.logit_scale = nn.Parameter(torch.tensor(math.sqrt(self.head_dim)))
+
+    @property
+    def is_causal(self) -> bool:
+        return self.config.is_causal
+
+    def forward(
+        self,
+        query_states: torch.Tensor,
+        key_value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = query_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(query_states).view(hidden_shape).transpose(1, 2)
+        key = self.k_proj(key_value_states).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(key_value_states).view(hidden_shape).transpose(1, 2)
+        scaling = self.head_dim**-0.5
+        if self.config.qk_norm:
+            query = nn.functional.normalize(query, dim=-1) * self.logit_scale
+            key = nn.functional.normalize(key, dim=-1)
+            scaling = 1.0
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class CMHCADircMLP(nn.Module):
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class CMHCADircMoE(nn.Module):
+    """Mixture of experts routed by particle class: a track only sees the experts of its own class."""
+
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__()
+        self.experts_per_class = config.num_experts // config.num_classes
+        self.router = nn.Linear(config.hidden_size, config.num_experts)
+        self.experts = nn.ModuleList(CMHCADircMLP(config) for _ in range(config.num_experts))
+
+    def own_experts(self, class_ids: torch.LongTensor) -> torch.BoolTensor:
+        """(batch,) class ids to (batch, num_experts): which experts serve the class."""
+        expert_classes = torch.arange(len(self.experts), device=class_ids.device) // self.experts_per_class
+        return class_ids.unsqueeze(-1) == expert_classes
+
+    def forward(
+        self, hidden_states: torch.Tensor, class_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.FloatTensor]:
+        own = self.own_experts(class_ids)
+        router_logits = self.router(hidden_states).float()
+        router_probs = router_logits.masked_fill(~own.unsqueeze(1), -torch.inf).softmax(dim=-1)
+        output = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self.experts):
+            weight = router_probs[..., index : index + 1].to(hidden_states.dtype)
+            if torch.compiler.is_compiling():
+                # foreign experts have weight zero; the shapes stay static
+                output = output + weight * expert(hidden_states)
+            else:
+                rows = own[:, index].nonzero().squeeze(-1)
+                output = output.index_add(0, rows, weight[rows] * expert(hidden_states[rows]))
+        return output, router_probs
+
+
+class CMHCADircLayer(GradientCheckpointingLayer):
+    """
+    One pre-norm block. Block 0 is the cross attention: queries from the time stream, keys and values from the space
+    stream, residual on the space stream. The other blocks are self attention.
+    """
+
+    def __init__(self, config: CMHCADircConfig, layer_idx: int):
+        super().__init__()
+        norm = {"normalized_shape": config.hidden_size, "eps": config.layer_norm_eps}
+        self.attention_norm = nn.LayerNorm(**norm)
+        self.time_norm = nn.LayerNorm(**norm) if layer_idx == 0 else None
+        self.attention = CMHCADircAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(**norm)
+        self.mlp = CMHCADircMoE(config) if config.num_experts > 0 else CMHCADircMLP(config)
+        self.has_experts = config.num_experts > 0
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        time_states: torch.Tensor | None = None,
+        class_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the new hidden states (batch, length, hidden_size) and the router probabilities or `None`."""
+        key_value_states = self.attention_norm(hidden_states)
+        query_states = self.time_norm(time_states) if self.time_norm is not None else key_value_states
+        attention_output, _ = self.attention(
+            query_states, key_value_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attention_output
+        normed = self.mlp_norm(hidden_states)
+        router_probs = None
+        if self.has_experts:
+            mlp_output, router_probs = self.mlp(normed, class_ids)
+        else:
+            mlp_output = self.mlp(normed)
+        return hidden_states + mlp_output, router_probs
+
+
+class CMHCADircTimeRegressionHead(nn.Module):
+    """Next arrival time from the hidden state, (batch, length, hidden_size) -> (batch, length), scaled, not negative."""
+
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__()
+        size = config.time_regression_size
+        self.input_proj = nn.Linear(config.hidden_size, size)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)]) for _ in range(2)
+        )
+        self.output_proj = nn.Linear(size, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.input_proj(hidden_states)
+        for first, second in self.blocks:
+            hidden_states = torch.relu(second(torch.relu(first(hidden_states))) + hidden_states)
+        return torch.relu(self.output_proj(hidden_states)).squeeze(-1)
+
+
+class CMHCADircPreTrainedModel(PreTrainedModel):
+    config: CMHCADircConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CMHCADircLayer", "CMHCADircEmbeddings"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CMHCADircLayer, "attentions": CMHCADircAttention}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; the folder opens with every Auto class, not only that of this model."""
+        module = __name__.split(".")[-1]
+        self.config.auto_map = {auto_class: f"{module}.{name}" for auto_class, name in AUTO_CLASSES.items()}
+        super().save_pretrained(save_directory, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Initialisation of the published model: PyTorch's own, embeddings from N(0, 1)."""
+        if isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, CMHCADircAttention):
+            if self.config.qk_norm:
+                init.constant_(module.logit_scale, math.sqrt(module.head_dim))
+        elif isinstance(module, CMHCADircModel) and module.cls_token is not None:
+            init.normal_(module.cls_token, mean=0.0, std=self.config.embedding_initializer_range)
+
+
+class CMHCADircModel(CMHCADircPreTrainedModel):
+    """The bare transformer: hits and kinematics to hidden states."""
+
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__(config)
+        self.embeddings = CMHCADircEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_cls_token else None
+        self.layers = nn.ModuleList(
+            CMHCADircLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.space
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.space = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        kinematics: torch.FloatTensor | None = None,
+        class_ids: torch.LongTensor | None = None,
+        times: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> CMHCADircModelOutput:
+        r"""
+        Args:
+            input_ids (`(batch, length, streams)`): conditioning slots, SOS, hits, EOS, padding; stream 0 pixels,
+                stream 1 times (absent in regression).
+            attention_mask (`(batch, length)`): 1 for real positions, slots included. Left padding needs
+                `position_ids` (as `generate` provides them).
+            position_ids (`(batch, length)`): positions counted from the first slot.
+            kinematics (`(batch, quantities)`): physical units in the order of `config.conditioning_names` (momentum
+                GeV/c, polar angle in degrees). May only be left out when continuing from a cache.
+            class_ids (`(batch,)`): particle class, 0 pion, 1 kaon; required with experts, ignored without.
+            times (`(batch, length)`): times scaled to [0, 1]; required in regression, ignored otherwise.
+        """
+        self._check_inputs(input_ids, kinematics, class_ids, times, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(input_ids.shape[1], device=input_ids.device) + past_length).unsqueeze(0)
+
+        hidden_states, time_states = self.embeddings(input_ids, position_ids, kinematics, times)
+        if self.cls_token is not None:
+            cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+            hidden_states = torch.cat([cls_token, hidden_states], dim=1)
+            time_states = torch.cat([cls_token, time_states], dim=1)
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(attention_mask, (1, 0), value=1)
+
+        mask_kwargs = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        if self.config.is_causal:
+            attention_mask = create_causal_mask(**mask_kwargs, past_key_values=past_key_values)
+        else:
+            attention_mask = create_bidirectional_mask(**mask_kwargs)
+
+        router_probs = ()
+        for layer in self.layers:
+            hidden_states, layer_router_probs = layer(
+                hidden_states,
+                time_states,
+                class_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            router_probs += (layer_router_probs,)
+        return CMHCADircModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_probs=router_probs if self.config.num_experts > 0 else None,
+        )
+
+    def _check_inputs(self, input_ids, kinematics, class_ids, times, past_key_values):
+        if input_ids.ndim != 3 or input_ids.shape[-1] != self.config.num_streams:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(input_ids.shape)}, expected (batch, length, {self.config.num_streams})"
+            )
+        batch_size, length = input_ids.shape[:2]
+        num_conditioning = self.config.num_conditioning_tokens
+        if past_key_values is None:
+            max_length = num_conditioning + self.config.max_position_embeddings
+            if length > max_length:
+                raise ValueError(
+                    f"`input_ids` has length {length}, expected at most {max_length} = {num_conditioning} conditioning "
+                    f"slots + `max_position_embeddings` = {self.config.max_position_embeddings}"
+                )
+            if kinematics is None:
+                raise ValueError(
+                    f"`kinematics` is missing: expected (batch, {num_conditioning}) values of "
+                    f"{', '.join(self.config.conditioning_names)} in physical units"
+                )
+        if kinematics is not None and kinematics.shape != (batch_size, num_conditioning):
+            raise ValueError(
+                f"`kinematics` has shape {tuple(kinematics.shape)}, expected ({batch_size}, {num_conditioning}) values "
+                f"of {', '.join(self.config.conditioning_names)}"
+            )
+        if self.config.num_experts > 0 and class_ids is None:
+            raise ValueError("`class_ids` is missing: a model with experts needs the particle class of every track")
+        if self.config.time_prediction == "regression" and times is None:
+            raise ValueError("`times` is missing: a model with `time_prediction='regression'` needs scaled times")
+
+
+class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin):
+    """
+    Generator: next pixel and next arrival time, independent of each other given the past.
+
+    `generate(kinematics=...)` starts every track from its kinematics alone. With `time_prediction="regression"` the
+    generated times are in `continuous["times"]` of the output (`return_dict_in_generate=True`).
+    """
+
+    continuous_streams = ("times",)
+
+    def __init__(self, config: CMHCADircConfig):
+        super().__init__(config)
+        self.model = CMHCADircModel(config)
+        self.space_head = nn.Linear(config.hidden_size, config.vocab_size)
+        if config.time_prediction == "categorical":
+            self.time_head = nn.Linear(config.hidden_size, config.time_vocab_size)
+        else:
+            self.time_head = CMHCADircTimeRegressionHead(config)
+        # a name that transformers does not know, so that Trainer counts all targets and not all but the last stream
+        self.loss_type = "multi_stream"
+        self.post_init()
+        # simulation means sampling from the learned distribution; the library's default of the 50 best tokens does not
+        self.generation_config.update(
+            do_sample=True, top_k=0, temperature=1.0, top_p=1.0, max_new_tokens=config.max_position_embeddings
+        )
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.space_head
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.space_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        kinematics: torch.FloatTensor | None = None,
+        class_ids: torch.LongTensor | None = None,
+        times: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> CMHCADircCausalLMOutput:
+        r"""
+        Args:
+            labels (`(batch, length, streams)`): target ids at their own position (shifted here), -100 where there is
+                none (slots, SOS, padding). In regression the targets of the times are `times` where `labels` is an
+                ordinary pixel.
+            shift_labels (`(batch, length, streams)`): targets already shifted, used instead of `labels`.
+            logits_to_keep: logits of the last so many positions only (0: all).
+            num_items_in_batch: number of targets of all streams in the whole batch, for gradient accumulation.
+
+        The other arguments are those of [`CMHCADircModel`].
+        """
+        outputs: CMHCADircModelOutput = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            kinematics=kinematics,
+            class_ids=class_ids,
+            times=times,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        has_labels = labels is not None or shift_labels is not None
+
+        logits = predicted_times = loss = stream_losses = aux_loss = None
+        if not (self.training and has_labels):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = hidden_states[:, keep]
+            logits = (self.space_head(kept),)
+            if self.config.time_prediction == "categorical":
+                logits += (self.time_head(kept),)
+            else:
+                predicted_times = self.time_head(kept)
+        if has_labels:
+            if shift_labels is None:
+                shift_labels = nn.functional.pad(labels[:, 1:], (0, 0, 0, 1), value=-100)
+            next_times = nn.functional.pad(times[:, 1:], (0, 1)) if times is not None else None
+            stream_losses = self._stream_losses(hidden_states, shift_labels, next_times, num_items_in_batch)
+            loss = sum(stream_losses)
+            if self.training and self.config.num_experts > 0:
+                aux_loss = load_balance_loss(outputs.router_probs, class_ids, attention_mask, self.config.num_classes)
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+
+        return CMHCADircCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            predicted_times=predicted_times,
+            stream_losses=stream_losses,
+            aux_loss=aux_loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_probs=outputs.router_probs,
+        )
+
+    def _stream_losses(
+        self,
+        hidden_states: torch.Tensor,
+        targets: torch.LongTensor,
+        next_times: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Mean cross entropy of each stream over its targets; smooth L1 over the hits for a regressed time."""
+        hidden_states = hidden_states.flatten(0, 1)
+        losses = ()
+        for stream in range(self.config.num_streams):
+            head = self.space_head if stream == 0 else self.time_head
+            stream_targets = targets[..., stream].flatten()
+            if num_items_in_batch is not None:
+                num_targets = num_items_in_batch / self.config.num_streams
+            else:
+                num_targets = (stream_targets != -100).sum().clamp(min=1)
+            total = chunked_linear_cross_entropy(hidden_states, head.weight, head.bias, stream_targets)
+            losses += (total / num_targets,)
+        if self.config.time_prediction == "regression":
+            space_targets = targets[..., 0].flatten()
+            is_hit = (space_targets > 0) & (space_targets < self.config.vocab_size - 2)
+            predicted = self.time_head(hidden_states[is_hit])
+            total = nn.functional.smooth_l1_loss(predicted.float(), next_times.flatten()[is_hit], reduction="sum")
+            # without accumulation the mean over hits; else the common divisor, which counts one EOS more per track
+            divisor = num_items_in_batch if num_items_in_batch is not None else is_hit.sum().clamp(min=1)
+            losses += (total / divisor,)
+        return losses
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        context_length: int | None = None,
+        **kwargs,
+    ) -> dict:
+        """
+        As the stock method, plus `context_length`: only the kinematics and the last so many tokens are fed, with
+        positions restarting at 0 and without a cache.
+        """
+        if kwargs.get("use_cache") and not is_first_iteration:
+            # the conditioning slots are in the cache
+            kwargs["kinematics"] = None
+        if context_length is not None:
+            if attention_mask is not None:
+                raise ValueError("`context_length` needs prompts without padding")
+            slots = self.config.num_conditioning_tokens
+            if input_ids.shape[1] - slots > context_length:
+                input_ids = torch.cat([input_ids[:, :slots], input_ids[:, -context_length:]], dim=1)
+                if kwargs.get("times") is not None:
+                    times = kwargs["times"]
+                    kwargs["times"] = torch.cat([times[:, :slots], times[:, -context_length:]], dim=1)
+            kwargs["position_ids"] = None
+        elif kwargs.get("times") is not None and next_sequence_length is not None:
+            kwargs["times"] = kwargs["times"][:, -next_sequence_length:]
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # the last id is drawn but never fed
+        longest = self.config.num_conditioning_tokens + self.config.max_position_embeddings + 1
+        if model_kwargs.get("context_length") is not None:
+            # a window whose positions restart slides over the keys, which a cache cannot follow
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        elif generation_config.max_length > longest:
+            raise ValueError(
+                f"the requested length of {generation_config.max_length} positions is beyond the model's {longest} "
+                f"(conditioning slots, SOS and `max_position_embeddings` = {self.config.max_position_embeddings} "
+                "photons): lower `max_new_tokens` or pass `context_length`"
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
+        input_ids = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+        if self.config.time_prediction == "regression" and model_kwargs.get("times") is None:
+            model_kwargs["times"] = torch.zeros(input_ids.shape[:2], device=self.device)
+        return input_ids
+
+    def _choose_next(self, step_scores, outputs, input_ids, generation_config, model_kwargs):
+        next_tokens, model_kwargs = super()._choose_next(
+            step_scores, outputs, input_ids, generation_config, model_kwargs
+        )
+        if self.config.time_prediction == "regression":
+            next_times = outputs.predicted_times[:, -1:].to(model_kwargs["times"].dtype)
+            model_kwargs["times"] = torch.cat([model_kwargs["times"], next_times], dim=1)
+        return next_tokens, model_kwargs
+
+
+def load_balance_loss(
+    router_probs: tuple[torch.Tensor, ...],
+    class_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    num_classes: int,
+) -> torch.Tensor:
+    """
+    Squared distance of the routing weights from an even use of the class's own experts: summed over experts and blocks,
+    averaged over the positions that are not padding (arXiv:2505.08736).
+
+    Args:
+        router_probs: one (batch, length, num_experts) tensor per block.
+        class_ids: (batch,). attention_mask: (batch, length) or `None`.
+    """
+    batch_size, length, num_experts = router_probs[0].shape
+    per_class = num_experts // num_classes
+    expert_classes = torch.arange(num_experts, device=class_ids.device) // per_class
+    target = (class_ids.unsqueeze(-1) == expert_classes).float().div(per_class).unsqueeze(1)
+    valid = torch.ones(batch_size, length, device=class_ids.device) if attention_mask is None else attention_mask
+    valid = valid.to(target.dtype)
+    return sum(((target - probs).square().sum(-1) * valid).sum() for probs in router_probs) / valid.sum()
+
+
+class CMHCADircEncoderMixin:
+    """
+    Classifier and noise filter: bidirectional attention, dense MLPs, and `from_pretrained` of a generator.
+
+    A generator with experts is turned into a dense model by averaging all its experts (arXiv:2505.08736).
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, **kwargs):
+        if config is None and state_dict is None and pretrained_model_name_or_path is not None:
+            hub_kwargs = {
+                key: kwargs[key]
+                for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+                if key in kwargs
+            }
+            stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            if stored.num_experts > 0:
+                generator = CMHCADircForCausalLM.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+                state_dict = average_experts(generator.state_dict())
+                config = generator.config
+                config.num_experts = 0
+                for name in [name for name in kwargs if hasattr(config, name)]:
+                    setattr(config, name, kwargs.pop(name))
+                return super().from_pretrained(None, *args, config=config, state_dict=state_dict, **kwargs)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, state_dict=state_dict, **kwargs
+        )
+
+
+def average_experts(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of a model with experts to that of a dense model: unweighted mean over all experts, no router."""
+    experts: dict[str, list[torch.Tensor]] = {}
+    dense = {}
+    for name, tensor in state_dict.items():
+        if ".mlp.experts." in name:
+            block, parameter = name.split(".mlp.experts.")
+            experts.setdefault(f"{block}.mlp.{parameter.split('.', 1)[1]}", []).append(tensor)
+        elif ".mlp.router." not in name:
+            dense[name] = tensor
+    dense.update({name: torch.stack(tensors).mean(dim=0) for name, tensors in experts.items()})
+    return dense
+
+
+class CMHCADircForSequenceClassification(CMHCADircEncoderMixin, CMHCADircPreTrainedModel):
+    """Particle identification: one logit per track, positive for kaons, read from the cls token."""
+
+    def __init__(self, config: CMHCADircConfig):
+        config = copy.deepcopy(config)
+        config.use_cls_token = True
+        config.is_causal = False
+        config.use_cache = False
+        check_dense(config, type(self).__name__)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CMHCADircModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        kinematics: torch.FloatTensor | None = None,
+        times: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            labels (`(batch,)`): particle class, 0 pion, 1 kaon (binary cross entropy of the one logit); class index if
+                `config.num_labels > 1` (cross entropy).
+
+        Returns `logits` of shape (batch, num_labels). The other arguments are those of [`CMHCADircModel`].
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            kinematics=kinematics,
+            times=times,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state[:, 0]))
+        loss = None
+        if labels is not None:
+            if self.num_labels == 1:
+                losses = nn.functional.binary_cross_entropy_with_logits(
+                    logits.squeeze(-1).float(), labels.float(), reduction="none"
+                )
+            else:
+                losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            loss = losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CMHCADircForTokenClassification(CMHCADircEncoderMixin, CMHCADircPreTrainedModel):
+    """Noise filter: one logit per hit, positive for dark noise."""
+
+    def __init__(self, config: CMHCADircConfig):
+        config = copy.deepcopy(config)
+        config.use_cls_token = False
+        config.is_causal = False
+        config.use_cache = False
+        check_dense(config, type(self).__name__)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CMHCADircModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        kinematics: torch.FloatTensor | None = None,
+        times: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            labels (`(batch, length)`): 0 photon, 1 noise, -100 for everything that is not a hit. The loss is the focal
+                loss of `config.focal_loss_alpha` and `config.focal_loss_gamma`, averaged over hits.
+
+        Returns `logits` of shape (batch, length, num_labels), slots and SOS included. The other arguments are those of
+        [`CMHCADircModel`].
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            kinematics=kinematics,
+            times=times,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            is_hit = labels != -100
+            if self.num_labels == 1:
+                losses = focal_loss(
+                    logits[is_hit].squeeze(-1).float(),
+                    labels[is_hit].float(),
+                    self.config.focal_loss_alpha,
+                    self.config.focal_loss_gamma,
+                )
+            else:
+                losses = nn.functional.cross_entropy(logits[is_hit].float(), labels[is_hit], reduction="none")
+            num_hits = is_hit.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / num_hits
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
+    """
+    Sigmoid focal loss, arXiv:1708.02002 eq. 5, per element: `alpha` weighs targets 1, `1 - alpha` targets 0.
+
+    Args:
+        logits, targets: same shape, targets 0 or 1 (float).
+    """
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    probability = torch.sigmoid(logits)
+    probability_of_target = probability * targets + (1 - probability) * (1 - targets)
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * (1 - probability_of_target) ** gamma * cross_entropy
+
+
+def check_dense(config: CMHCADircConfig, class_name: str):
+    if config.num_experts > 0:
+        raise ValueError(
+            f"`num_experts` = {config.num_experts}, but {class_name} has dense MLPs: load a generator with experts by "
+            f"`{class_name}.from_pretrained`, which averages them"
+        )
+
+
+__all__ = [
+    "CMHCADircPreTrainedModel",
+    "CMHCADircModel",
+    "CMHCADircForCausalLM",
+    "CMHCADircForSequenceClassification",
+    "CMHCADircForTokenClassification",
+]
+
+# `save_pretrained` then writes this code beside the weights, so that they load anywhere with `trust_remote_code=True`
+CMHCADircConfig.register_for_auto_class()
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    globals()[_model_class].register_for_auto_class(_auto_class)
