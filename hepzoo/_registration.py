@@ -9,7 +9,6 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -61,66 +60,79 @@ FAMILIES = (
 )
 
 
-def _register_configs():
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    for family in FAMILIES:
-        AutoConfig.register(family.model_type, family.load(family.config), exist_ok=True)
+AUTO_PACKAGE = "transformers.models.auto"
 
 
-def _register_models():
-    from transformers.models.auto import modeling_auto
-
-    for family in FAMILIES:
-        config_class = family.load(family.config)
+def _register(auto_module: str, family: Family):
+    """Register what `family` has for one Auto module, both of them imported."""
+    auto = sys.modules[auto_module]
+    config_class = family.load(family.config)
+    if auto_module.endswith("configuration_auto"):
+        auto.AutoConfig.register(family.model_type, config_class, exist_ok=True)
+    elif auto_module.endswith("modeling_auto"):
         for auto_class, model in family.models:
-            getattr(modeling_auto, auto_class).register(config_class, family.load(model), exist_ok=True)
+            getattr(auto, auto_class).register(config_class, family.load(model), exist_ok=True)
+    elif family.tokenizer is not None:
+        auto.AutoTokenizer.register(config_class, tokenizer_class=family.load(family.tokenizer), exist_ok=True)
 
 
-def _register_tokenizers():
-    from transformers.models.auto.tokenization_auto import AutoTokenizer
-
-    for family in FAMILIES:
-        if family.tokenizer is not None:
-            config_class = family.load(family.config)
-            AutoTokenizer.register(config_class, tokenizer_class=family.load(family.tokenizer), exist_ok=True)
-
-
-_AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.tokenization_auto": _register_tokenizers,
-}
+# (Auto module, family, our module) of every registration
+_REGISTRATIONS = [
+    (f"{AUTO_PACKAGE}.{auto}", family, module)
+    for family in FAMILIES
+    for auto, module in (
+        ("configuration_auto", family.configuration_module),
+        ("modeling_auto", family.modeling_module),
+        ("tokenization_auto", family.tokenization_module),
+    )
+]
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Lets the regular finders find an Auto module and runs the registration once it has been executed."""
+    """
+    Lets the regular finders find a module and registers once it has been executed.
 
-    def __init__(self, pending: dict[str, Callable[[], None]]):
-        self.pending = pending
+    Our modules are watched too: importing one of them can import an Auto module on the way, when ours is not complete
+    yet. Then the registration follows at the end of ours.
+    """
+
+    def __init__(self):
+        self.watched = {name for auto, _, module in _REGISTRATIONS for name in (auto, module)}
+        self.executing: set[str] = set()
 
     def find_spec(self, fullname, path=None, target=None):
-        register = self.pending.pop(fullname, None)
-        if register is None:
+        if fullname not in self.watched:
             return None
+        self.watched.remove(fullname)
         spec = importlib.util.find_spec(fullname)
+        if spec is None:
+            return None
         exec_module = spec.loader.exec_module
 
         def exec_and_register(module):
-            exec_module(module)
-            register()
+            self.executing.add(fullname)
+            try:
+                exec_module(module)
+            finally:
+                self.executing.discard(fullname)
+            self.register(fullname)
 
         spec.loader.exec_module = exec_and_register
         return spec
 
+    def register(self, imported: str):
+        """Do the registrations that `imported`, an Auto module or one of ours, was missing for."""
+        for auto, family, module in _REGISTRATIONS:
+            complete = auto in sys.modules and not {auto, module} & self.executing
+            if imported in (auto, module) and complete:
+                _register(auto, family)
+
 
 def register_families():
-    """Register now what is imported already, and the rest when it is imported."""
-    pending = {}
-    for module, register in _AFTER_IMPORT.items():
-        if module in sys.modules:
-            register()
-        else:
-            pending[module] = register
-    if pending:
-        sys.meta_path.insert(0, _RegisterAfterImport(pending))
+    """Register now with the Auto modules that are imported already, and with the others when they are."""
+    finder = _RegisterAfterImport()
+    sys.meta_path.insert(0, finder)
+    for auto in sorted({auto for auto, _, _ in _REGISTRATIONS}):
+        if auto in sys.modules:
+            finder.watched.discard(auto)
+            finder.register(auto)

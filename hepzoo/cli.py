@@ -1,0 +1,79 @@
+"""The `hepzoo` command: each subcommand hands its arguments to the script of another room."""
+
+import importlib
+import sys
+
+import hepzoo
+
+# subcommand -> (what it does, {kind of data: module with main(argv)}); no kind: the module takes all arguments
+COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
+    "simulate": ("simulate detector data with the embedded simulators", {"dirc": "hepzoo.data_scripts.simulate_dirc"}),
+    "generate": ("generate physics data with a trained model", "hepzoo.training.generate"),
+    "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
+    "evaluate": ("compare generated with real data, measure separation power", {"dirc": "hepzoo.evaluation.evaluate_dirc"}),
+    "plot": ("draw hit patterns, spectra, yields and ratios", {"dirc": "hepzoo.evaluation.plot_dirc"}),
+    "convert-data": ("published data sets to sharded Parquet", {"fm4dirc": "hepzoo.data_scripts.convert_fm4dirc"}),
+}
+
+EXAMPLES = """\
+examples:
+  hepzoo simulate dirc --output data/dirc --n_tracks 10000 --method MixPiK --momentum 1-10 --theta 25-160
+  hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
+  hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
+  hepzoo convert-data fm4dirc --input Pions.pkl Kaons.pkl --output data/fm4dirc
+  hepzoo evaluate dirc --real data/dirc --generated generated
+  hepzoo plot dirc --real data/dirc --generated generated --output plots
+
+`hepzoo COMMAND --help` shows the options and examples of a command."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: hepzoo COMMAND ...", "", hepzoo.__doc__.strip().splitlines()[0], "", "commands:"]
+    for name, (purpose, kinds) in COMMANDS.items():
+        choices = f" ({', '.join(kinds)})" if isinstance(kinds, dict) else ""
+        lines.append(f"  {name:<{width}}  {purpose}{choices}")
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand. Returns the exit code; bad input is one line on standard error and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"hepzoo {hepzoo.__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        return fail(f"unknown command {command!r}, expected one of {', '.join(COMMANDS)}")
+    target = COMMANDS[command][1]
+    if isinstance(target, dict):
+        kinds = ", ".join(target)
+        if not rest or rest[0] in ("-h", "--help"):
+            print(f"usage: hepzoo {command} {{{kinds}}} ...\n\n{COMMANDS[command][0]}\n")
+            print("\n".join(line for line in EXAMPLES.splitlines() if f"hepzoo {command} " in line))
+            print(f"\n`hepzoo {command} {next(iter(target))} --help` shows the options.")
+            return 0 if rest else 2
+        kind, *rest = rest
+        if kind not in target:
+            return fail(f"{command}: unknown kind {kind!r}, expected one of {kinds}")
+        target = target[kind]
+    try:
+        return importlib.import_module(target).main(rest) or 0
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return fail(str(error))
+    except ImportError as error:
+        if "hepzoo[" not in str(error):
+            raise
+        return fail(str(error))
+
+
+def fail(message: str) -> int:
+    print(f"hepzoo: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""
+`hepzoo convert FAMILY`: published checkpoints to folders that `from_pretrained` loads.
+
+Checkpoints come from outside: they are read without executing what a pickle asks for, and every parameter is accounted
+for, key by key.
+"""
+
+import argparse
+import json
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
+  hepzoo convert cmhca_dirc --checkpoint MoE_FourExperts_Weights.pth --config CA_config.json --output moe_generator
+  hepzoo convert cmhca_dirc --checkpoint tests/golden/dirc_dense/state_dict.safetensors \\
+      --config tests/golden/dirc_dense/config.json --output dense
+"""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """
+    State dict of a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, on the CPU.
+
+    Training checkpoints that hold the weights under `net_state_dict`, `state_dict` or `model_state_dict` are unwrapped.
+
+    Raises:
+        ValueError: if the file is not a checkpoint, or its pickle asks for anything but tensors, numpy values and
+            builtin containers (nothing of it is executed).
+    """
+    import numpy as np
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file ({error})") from None
+
+    # training histories hold numpy numbers; rebuilding arrays runs no code of the file
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    numpy_types = [np.dtype, np.ndarray, multiarray.scalar, multiarray._reconstruct]
+    numpy_types += [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
+    # older numpy pickles name the same functions in numpy.core
+    aliases = [(function, f"numpy.core.multiarray.{function.__name__}") for function in numpy_types[2:4]]
+    try:
+        with torch.serialization.safe_globals([*numpy_types, *aliases]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), "unsafe pickle")
+        raise ValueError(f"{path}: refused, it holds more than tensors and plain values: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+
+    for key in ("net_state_dict", "state_dict", "model_state_dict"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise ValueError(f"{path}: expected a dictionary of parameters, found {type(checkpoint).__name__}")
+    others = sorted(str(name) for name, value in checkpoint.items() if not isinstance(value, torch.Tensor))
+    if others:
+        raise ValueError(f"{path}: expected only tensors, but these entries are not: {', '.join(others)}")
+    return checkpoint
+
+
+def load_reference_config(path: str | Path) -> dict[str, Any]:
+    """The reference's JSON or YAML configuration as a dictionary."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file")
+    try:
+        text = path.read_text()
+        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a JSON or YAML file ({str(error).splitlines()[0]})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, found {type(config).__name__}")
+    return config
+
+
+def load_strictly(model, state_dict: dict[str, Any], source: str):
+    """Load a converted state dict; missing, unknown or misshapen parameters are one error that lists them all."""
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in state_dict]
+    problems += [f"unknown {name}" for name in state_dict if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state_dict)
+
+
+def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
+    """
+    A reference CMHCA-DIRC checkpoint (generator, generator with experts, classifier or noise filter) to a model and its
+    tokenizer; the tokenizer is `None` if the checkpoint's vocabulary is not that of the hpDIRC plane.
+    """
+    from hepzoo.modeling import modeling_cmhca_dirc
+    from hepzoo.modeling.conversion_cmhca_dirc import (
+        architecture_of,
+        convert_config,
+        convert_state_dict,
+        find_setting,
+    )
+    from hepzoo.tokenization.tokenization_cmhca_dirc import CMHCADircTokenizer
+
+    reference_config = load_reference_config(config)
+    try:
+        state_dict = convert_state_dict(load_checkpoint(checkpoint))
+        model_config = convert_config(reference_config, state_dict)
+        model_class = getattr(modeling_cmhca_dirc, architecture_of(state_dict))
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    model = model_class(model_config).eval()
+    load_strictly(model, state_dict, str(checkpoint))
+    if model.can_generate():
+        # the sampling of the published simulation script
+        model.generation_config.update(temperature=1.05, top_p=0.995)
+
+    settings = {
+        "time_min": find_setting(reference_config, "time_min", "t_min"),
+        "time_max": find_setting(reference_config, "time_max", "t_max"),
+        "time_resolution": find_setting(reference_config, "time_res"),
+    }
+    settings = {name: float(value) for name, value in settings.items() if value is not None}
+    try:
+        tokenizer = CMHCADircTokenizer(
+            time_vocab_size=model_config.time_vocab_size,
+            conditioning_names=list(model_config.conditioning_names),
+            conditioning_ranges=[list(limits) for limits in model_config.conditioning_ranges],
+            time_encoding=model_config.time_prediction,
+            model_max_length=model_config.max_position_embeddings,
+            # decode as the published simulation did
+            legacy_time_decoding=True,
+            **settings,
+        )
+    except ValueError:
+        tokenizer = None
+    if tokenizer is not None and tokenizer.vocab_size != model_config.vocab_size:
+        tokenizer = None
+    return model, tokenizer
+
+
+FAMILIES = {"cmhca_dirc": convert_cmhca_dirc}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hepzoo convert",
+        description="Convert a published checkpoint into a folder that from_pretrained loads.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("family", choices=sorted(FAMILIES), help="model family")
+    parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .ckpt or .safetensors file")
+    parser.add_argument("--config", required=True, help="the reference's JSON or YAML configuration")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not an empty folder")
+    model, tokenizer = FAMILIES[arguments.family](arguments.checkpoint, arguments.config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # written beside the target and renamed, so that a failure leaves nothing behind
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        staging = Path(temporary) / output.name
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if output.exists():
+            output.rmdir()
+        shutil.move(staging, output)
+    print(f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters")
+    if tokenizer is None:
+        print(
+            f"{output}: no tokenizer written, the vocabulary of {model.config.vocab_size} is not that of the hpDIRC "
+            "plane; save a CMHCADircTokenizer with your geometry there"
+        )
+    return 0
