@@ -10,7 +10,10 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
     "simulate": ("simulate detector data with the embedded simulators", {"dirc": "hepzoo.data_scripts.simulate_dirc"}),
     "generate": ("generate physics data with a trained model", "hepzoo.training.generate"),
     "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
-    "evaluate": ("compare generated with real data, measure separation power", {"dirc": "hepzoo.evaluation.evaluate_dirc"}),
+    "evaluate": (
+        "compare generated with real data, measure separation power",
+        {"dirc": "hepzoo.evaluation.evaluate_dirc"},
+    ),
     "plot": ("draw hit patterns, spectra, yields and ratios", {"dirc": "hepzoo.evaluation.plot_dirc"}),
     "convert-data": ("published data sets to sharded Parquet", {"fm4dirc": "hepzoo.data_scripts.convert_fm4dirc"}),
 }

@@ -110,9 +110,7 @@ class CMHCADircConfig(PreTrainedConfig):
             if not low < high:
                 raise ValueError(f"`conditioning_ranges` of {name} is ({low}, {high}), expected min < max")
         if self.time_prediction not in ("categorical", "regression"):
-            raise ValueError(
-                f"`time_prediction` is {self.time_prediction!r}, expected 'categorical' or 'regression'"
-            )
+            raise ValueError(f"`time_prediction` is {self.time_prediction!r}, expected 'categorical' or 'regression'")
         if self.num_experts % self.num_classes != 0:
             raise ValueError(
                 f"`num_experts` = {self.num_experts} is not a multiple of `num_classes` = {self.num_classes}"

@@ -118,13 +118,18 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     Raises:
         ValueError: naming the setting that disagrees with the checkpoint, or the parameter that is missing.
     """
-    needed = ("model.embeddings.space.weight", "model.embeddings.space_position.weight", "model.embeddings.time.weight")
+    needed = (
+        "model.embeddings.space.weight",
+        "model.embeddings.space_position.weight",
+        "model.embeddings.time.weight",
+    )
     missing = [name for name in needed if name not in state_dict]
     if missing:
         raise ValueError(f"checkpoint lacks parameters: {', '.join(missing)}")
     vocab_size, hidden_size = state_dict["model.embeddings.space.weight"].shape
     num_layers = 1 + max(
-        (int(match.group(1)) for name in state_dict if (match := re.match(r"model\.layers\.(\d+)\.", name))), default=-1
+        (int(match.group(1)) for name in state_dict if (match := re.match(r"model\.layers\.(\d+)\.", name))),
+        default=-1,
     )
     num_conditioning = len({name.split(".")[3] for name in state_dict if ".conditioning." in name})
     experts = {name.split(".")[5] for name in state_dict if ".mlp.experts." in name}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -22,6 +22,8 @@ from transformers.generation import (
     StoppingCriteriaList,
     TopPLogitsWarper,
 )
+
+from .growing_cache import growing_cache
 
 Scores = tuple[torch.Tensor, ...]
 
@@ -68,9 +70,7 @@ class ExponentialTemperatureLogitsProcessor(LogitsProcessor):
 
     def __init__(self, prompt_length: int, num_steps: int, initial: float = 1.05, final: float = 0.95):
         if num_steps <= 0 or initial <= 0 or final <= 0:
-            raise ValueError(
-                f"num_steps, initial and final must be positive, got {num_steps}, {initial} and {final}"
-            )
+            raise ValueError(f"num_steps, initial and final must be positive, got {num_steps}, {initial} and {final}")
         self.prompt_length = prompt_length
         self.num_steps = num_steps
         self.initial = initial
@@ -163,13 +163,15 @@ class NucleusLogitsWarper(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         ascending = _sorted_values(scores)
-        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= (1 - self.top_p)
-        num_removed = removed.sum(dim=-1, keepdim=True).clamp_(max=scores.shape[-1] - self.min_tokens_to_keep)
+        cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
+        # both arrays ascend, so counting is a binary search
+        limit = torch.full_like(cumulative[:, :1], 1 - self.top_p)
+        num_removed = torch.searchsorted(cumulative, limit, right=True)
+        num_removed = num_removed.clamp_(max=scores.shape[-1] - self.min_tokens_to_keep)
         threshold = ascending.gather(-1, num_removed)
-        below = scores < threshold
-        filtered = scores.masked_fill(below, self.filter_value)
+        filtered = scores.masked_fill(scores < threshold, self.filter_value)
 
-        ties_to_remove = num_removed - below.sum(dim=-1, keepdim=True)
+        ties_to_remove = num_removed - torch.searchsorted(ascending, threshold)
         if (ties_to_remove > 0).any():
             tied = scores == threshold
             filtered = filtered.masked_fill(tied & (tied.cumsum(dim=-1) <= ties_to_remove), self.filter_value)
@@ -187,34 +189,83 @@ def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
     """
     One draw per row from softmax(scores), (batch, vocab) -> (batch,), by inverting the cumulative distribution.
 
-    The distribution of `torch.multinomial` with one random number per row instead of one per token. Rows with NaN
-    or without a possible token raise `ValueError`.
+    The distribution of `torch.multinomial` with one random number per row instead of one per token.
+
+    Raises:
+        ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
-    cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    return _draw(scores.softmax(dim=-1))
+
+
+def _draw(probs: torch.Tensor) -> torch.Tensor:
+    cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     if not torch.isfinite(total).all():
         row = int((~torch.isfinite(total)).nonzero()[0, 0])
         raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=scores.device) * total
+    # float64: the spacing of float32 random numbers is coarser than the rarest tokens
+    uniform = (torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total).to(total.dtype)
     # the first id whose cumulative exceeds the draw: an id of probability zero never does
     uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
 
 
+def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> torch.Tensor:
+    """
+    One draw per row from softmax(nucleus(scores)), (batch, vocab) -> (batch,), without sorting most rows.
+
+    Draws from all tokens and looks whether the drawn one is in the nucleus: it is, if the tokens less probable than it
+    hold more than `1 - top_p`. That is one sum. Rows where it is not, or where rounding could decide, are cut by
+    `nucleus` itself and, if the token is gone, drawn again. Accepting a draw from the whole or drawing from the nucleus
+    gives the nucleus' distribution.
+    """
+    probs = scores.softmax(dim=-1)
+    ids = _draw(probs)
+    drawn = probs.gather(-1, ids.unsqueeze(-1))
+    tail = (probs * (probs < drawn)).sum(dim=-1, keepdim=True) + drawn
+    # far above the rounding of the sums
+    doubtful = (tail <= 1 - nucleus.top_p + 1e-4).squeeze(-1).nonzero().squeeze(-1)
+    if len(doubtful) > 0:
+        cut = nucleus(None, scores[doubtful])
+        redrawn = sample_from_scores(cut)
+        is_kept = cut.gather(-1, ids[doubtful].unsqueeze(-1)).squeeze(-1) != nucleus.filter_value
+        ids[doubtful] = torch.where(is_kept, ids[doubtful], redrawn)
+    return ids
+
+
 class MultiStreamLogitsProcessorList:
     """One standard `LogitsProcessorList` per stream, after the joint processors."""
 
-    def __init__(self, joint: list[JointLogitsProcessor], streams: list[LogitsProcessorList]):
+    def __init__(self, joint: list[JointLogitsProcessor], streams: list[LogitsProcessorList], draw_nucleus: bool):
         self.joint = joint
         self.streams = streams
+        # a nucleus cut at the very end need not be made if only the draw from it is wanted
+        self.nuclei: list[NucleusLogitsWarper | None] = [
+            processors.pop() if draw_nucleus and processors and type(processors[-1]) is NucleusLogitsWarper else None
+            for processors in streams
+        ]
+
+    def draw(self, scores: Scores) -> torch.LongTensor:
+        """One id per row and stream, (batch, streams), from processed scores."""
+        return torch.stack(
+            [
+                sample_from_scores(stream_scores) if nucleus is None else sample_from_nucleus(stream_scores, nucleus)
+                for stream_scores, nucleus in zip(scores, self.nuclei)
+            ],
+            dim=-1,
+        )
 
     def __call__(self, input_ids: torch.LongTensor, scores: Scores) -> Scores:
         for processor in self.joint:
             scores = processor(input_ids, scores)
-        return tuple(
-            processors(input_ids[..., stream], stream_scores)
-            for stream, (processors, stream_scores) in enumerate(zip(self.streams, scores))
-        )
+        processed = ()
+        for stream, (processors, stream_scores) in enumerate(zip(self.streams, scores)):
+            stream_ids = input_ids[..., stream]
+            # `LogitsProcessorList.__call__` inspects every signature at every step, for arguments that never come here
+            for processor in processors:
+                stream_scores = processor(stream_ids, stream_scores)
+            processed += (stream_scores,)
+        return processed
 
 
 class MultiStreamEosCriteria(StoppingCriteria):
@@ -303,7 +354,10 @@ class MultiStreamGenerationMixin(GenerationMixin):
                 generation_config=stream_config, logits_processor=LogitsProcessorList(of_stream), **kwargs
             )
             streams.append(LogitsProcessorList(_faster_nucleus(processor) for processor in built))
-        return MultiStreamLogitsProcessorList(joint, streams)
+        wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        return MultiStreamLogitsProcessorList(
+            joint, streams, draw_nucleus=generation_config.do_sample and not wants_scores
+        )
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, stopping_criteria=None, **kwargs):
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
@@ -314,6 +368,11 @@ class MultiStreamGenerationMixin(GenerationMixin):
             criteria.append(MultiStreamEosCriteria(eos_token_ids, self.stream_eos_mode))
         return criteria
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if type(model_kwargs.get("past_key_values")) is DynamicCache:
+            growing_cache(model_kwargs["past_key_values"])
+
     def _stream_eos_token_ids(self, generation_config: GenerationConfig) -> torch.Tensor | None:
         """One end-of-sequence id per stream, (streams,), or `None` if `eos_token_id` was switched off."""
         if generation_config._eos_token_tensor is None or (generation_config._eos_token_tensor < 0).any():
@@ -323,8 +382,8 @@ class MultiStreamGenerationMixin(GenerationMixin):
     def _choose_next(
         self,
         step_scores: Scores,
+        logits_processor: MultiStreamLogitsProcessorList,
         outputs,
-        input_ids: torch.LongTensor,
         generation_config: GenerationConfig,
         model_kwargs: dict,
     ) -> tuple[torch.LongTensor, dict]:
@@ -333,8 +392,10 @@ class MultiStreamGenerationMixin(GenerationMixin):
 
         Models with a continuous stream override this, draw their value from `outputs`, and keep it in `model_kwargs`.
         """
-        draw = sample_from_scores if generation_config.do_sample else lambda scores: scores.argmax(dim=-1)
-        next_tokens = torch.stack([draw(scores) for scores in step_scores], dim=-1)
+        if generation_config.do_sample:
+            next_tokens = logits_processor.draw(step_scores)
+        else:
+            next_tokens = torch.stack([scores.argmax(dim=-1) for scores in step_scores], dim=-1)
         eos_token_ids = self._stream_eos_token_ids(generation_config)
         if eos_token_ids is not None and self.stream_eos_mode == "any":
             ended = (next_tokens == eos_token_ids).any(dim=-1, keepdim=True)
@@ -381,7 +442,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
                 continue
 
             step_logits = tuple(
-                logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
+                logits[:, -1].to(dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
             )
             step_scores = logits_processor(input_ids, step_logits)
             for name, value in (("scores", step_scores), ("logits", step_logits)):
@@ -392,7 +453,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
                     collected[name] += (getattr(outputs, name),)
 
             next_tokens, model_kwargs = self._choose_next(
-                step_scores, outputs, input_ids, generation_config, model_kwargs
+                step_scores, logits_processor, outputs, generation_config, model_kwargs
             )
             if has_eos:
                 next_tokens = torch.where(unfinished, next_tokens, pad)

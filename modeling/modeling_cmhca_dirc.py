@@ -151,6 +151,11 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def normalize(states: torch.Tensor) -> torch.Tensor:
+    """`nn.functional.normalize` over the last dimension, with fewer calls: it runs at every step of generation."""
+    return states / torch.linalg.vector_norm(states, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 class CMHCADircAttention(nn.Module):
     """Attention on normalised queries and keys, scores = logit_scale * q.k with one learned scale per block."""
 
@@ -166,7 +171,8 @@ class CMHCADircAttention(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=False)
         # the published model has a bias in the cross-attention block only
         self.o_proj = nn.Linear(size, size, bias=layer_idx == 0)
-        if config.qk_norm:
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
             self.logit_scale = nn.Parameter(torch.tensor(math.sqrt(self.head_dim)))
 
     @property
@@ -187,9 +193,9 @@ class CMHCADircAttention(nn.Module):
         key = self.k_proj(key_value_states).view(hidden_shape).transpose(1, 2)
         value = self.v_proj(key_value_states).view(hidden_shape).transpose(1, 2)
         scaling = self.head_dim**-0.5
-        if self.config.qk_norm:
-            query = nn.functional.normalize(query, dim=-1) * self.logit_scale
-            key = nn.functional.normalize(key, dim=-1)
+        if self.qk_norm:
+            query = normalize(query) * self.logit_scale
+            key = normalize(key)
             scaling = 1.0
 
         if past_key_values is not None:
@@ -302,9 +308,7 @@ class CMHCADircTimeRegressionHead(nn.Module):
         super().__init__()
         size = config.time_regression_size
         self.input_proj = nn.Linear(config.hidden_size, size)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)]) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)]) for _ in range(2))
         self.output_proj = nn.Linear(size, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -345,7 +349,7 @@ class CMHCADircPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, CMHCADircAttention):
-            if self.config.qk_norm:
+            if module.qk_norm:
                 init.constant_(module.logit_scale, math.sqrt(module.head_dim))
         elif isinstance(module, CMHCADircModel) and module.cls_token is not None:
             init.normal_(module.cls_token, mean=0.0, std=self.config.embedding_initializer_range)
@@ -358,9 +362,7 @@ class CMHCADircModel(CMHCADircPreTrainedModel):
         super().__init__(config)
         self.embeddings = CMHCADircEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_cls_token else None
-        self.layers = nn.ModuleList(
-            CMHCADircLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(CMHCADircLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -649,7 +651,7 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
                 f"(conditioning slots, SOS and `max_position_embeddings` = {self.config.max_position_embeddings} "
                 "photons): lower `max_new_tokens` or pass `context_length`"
             )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         input_ids = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
@@ -657,9 +659,9 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             model_kwargs["times"] = torch.zeros(input_ids.shape[:2], device=self.device)
         return input_ids
 
-    def _choose_next(self, step_scores, outputs, input_ids, generation_config, model_kwargs):
+    def _choose_next(self, step_scores, logits_processor, outputs, generation_config, model_kwargs):
         next_tokens, model_kwargs = super()._choose_next(
-            step_scores, outputs, input_ids, generation_config, model_kwargs
+            step_scores, logits_processor, outputs, generation_config, model_kwargs
         )
         if self.config.time_prediction == "regression":
             next_times = outputs.predicted_times[:, -1:].to(model_kwargs["times"].dtype)

@@ -67,9 +67,7 @@ def compare_streams(golden: GoldenSet, model, inputs: dict):
         layer.register_forward_hook(lambda _, __, output, index=index: captured.__setitem__(index, output[0]))
         for index, layer in enumerate(model.model.layers)
     ]
-    hooks.append(
-        model.model.layers[0].register_forward_pre_hook(lambda _, args: captured.update(streams=args[:2]))
-    )
+    hooks.append(model.model.layers[0].register_forward_pre_hook(lambda _, args: captured.update(streams=args[:2])))
     with torch.no_grad():
         base = model.model(**inputs)
         outputs = model(**inputs)

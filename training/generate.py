@@ -1,0 +1,409 @@
+"""
+Fast simulation: tracks of given species and kinematics from trained CMHCA-DIRC generators.
+
+    accelerate launch training/generate.py --model moe_generator --n_tracks 100000 --method MixPiK --output generated
+
+The tracks are made in dumps of `--n_dump`. A dump depends on `--seed` and its number alone, so that the result is the
+same for any number of processes, and a restarted run makes only the dumps that are missing.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXAMPLES = """\
+examples:
+  hepzoo generate --model moe_generator --n_tracks 1000 --method MixPiK --momentum 6 --theta 30 --output generated
+  hepzoo generate --pion_model pion --kaon_model kaon --n_tracks 100000 --momentum 1-10 --theta 25-160 --output fastsim
+  hepzoo generate --model pion --method Pion --n_tracks 5000 --sampling TopK --topK 300 --dark_noise --output noisy
+  accelerate launch --num_processes 4 training/generate.py --model moe_generator --n_tracks 1000000 --output big
+"""
+
+MOMENTUM_LIMITS = (1.0, 10.0)
+THETA_LIMITS = (25.0, 160.0)
+MAX_REDRAWS = 50
+METADATA = "generation.json"
+
+
+@dataclass
+class Generator:
+    """A model with its tokenizer, and how to sample from it."""
+
+    model: Any
+    tokenizer: Any
+    generate_kwargs: dict[str, Any]
+
+
+def parse_range(text: str, name: str, limits: tuple[float, float]) -> tuple[float, float]:
+    """`"6"` or `"1-10"` to (low, high) within the limits of the detector."""
+    parts = text.split("-")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2):
+        raise ValueError(f"--{name} {text!r}: expected a number such as 6 or a range such as 1-10")
+    low, high = values[0], values[-1]
+    if not limits[0] <= low <= high <= limits[1]:
+        raise ValueError(f"--{name} {text!r}: expected {limits[0]:g} <= low <= high <= {limits[1]:g}")
+    return low, high
+
+
+def species_of(method: str, indices: np.ndarray) -> np.ndarray:
+    """PDG codes of the tracks with these numbers; MixPiK alternates, so that both species are equally many."""
+    if method == "MixPiK":
+        return np.where(indices % 2 == 0, 211, 321)
+    return np.full(len(indices), {"Pion": 211, "Kaon": 321}[method])
+
+
+def sampling_kwargs(arguments: argparse.Namespace, model) -> dict[str, Any]:
+    """Options of the command line to arguments of `generate()`."""
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
+
+    from hepzoo.modeling.generation_multistream import (
+        ExponentialTemperatureLogitsProcessor,
+        ForbiddenTokensLogitsProcessor,
+        MonotonicLogitsProcessor,
+        StreamLogitsProcessor,
+    )
+
+    config = model.config
+    kwargs: dict[str, Any] = {
+        "do_sample": arguments.sampling != "Greedy",
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+    }
+    processors = LogitsProcessorList()
+    if not arguments.allow_special_tokens:
+        for stream in range(config.num_streams):
+            specials = [config.stream_bos_token_ids[stream], config.stream_pad_token_ids[stream]]
+            processors.append(StreamLogitsProcessor(stream, ForbiddenTokensLogitsProcessor(specials)))
+    if arguments.dead_channels:
+        # channel c is space token c + 1
+        tokens = [channel + 1 for channel in arguments.dead_channels]
+        processors.append(StreamLogitsProcessor(0, ForbiddenTokensLogitsProcessor(tokens)))
+    if arguments.time_ordered:
+        if config.num_streams < 2:
+            raise ValueError("--time_ordered needs a model with time tokens, not a regressed time")
+        last = config.stream_eos_token_ids[1] - 1
+        processors.append(StreamLogitsProcessor(1, MonotonicLogitsProcessor(1, last)))
+    if arguments.dynamic_temperature:
+        schedule = ExponentialTemperatureLogitsProcessor(
+            prompt_length=config.num_conditioning_tokens + 1, num_steps=config.max_position_embeddings
+        )
+        processors.append(schedule)
+    elif arguments.sampling != "Greedy":
+        # in the list rather than in the configuration: the cuts below come after the temperature
+        processors.append(TemperatureLogitsWarper(float(arguments.temperature)))
+    if arguments.sampling == "TopK":
+        kwargs["top_k"] = arguments.topK
+    elif arguments.sampling == "Nucleus":
+        kwargs["top_p"] = arguments.nucleus_p
+    elif arguments.sampling == "MinP":
+        processors.append(MinPLogitsWarper(0.05, min_tokens_to_keep=50))
+    return {**kwargs, "logits_processor": processors}
+
+
+def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generator]:
+    """PDG code to generator. A model with experts serves both species, a dense one the species it was trained on."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import hepzoo  # noqa: F401  registers the families
+
+    wanted = {"Pion": [211], "Kaon": [321], "MixPiK": [211, 321]}[arguments.method]
+    paths = {211: arguments.pion_model or arguments.model, 321: arguments.kaon_model or arguments.model}
+    loaded: dict[str, Generator] = {}
+    for pdg in wanted:
+        path = paths[pdg]
+        name = {211: "pion", 321: "kaon"}[pdg]
+        if path is None:
+            raise ValueError(f"no model for {name} tracks: pass --model or --{name}_model")
+        if path in loaded:
+            continue
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "cmhca_dirc":
+            raise ValueError(
+                f"{path}: model type {config.model_type!r} cannot be generated here, expected 'cmhca_dirc'"
+            )
+        dtype = getattr(torch, arguments.dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        loaded[path] = Generator(model, AutoTokenizer.from_pretrained(path), sampling_kwargs(arguments, model))
+    if len(wanted) == 2 and paths[211] == paths[321] and loaded[paths[211]].model.config.num_experts == 0:
+        raise ValueError(
+            f"{paths[211]}: a model without experts does not know the species; pass --pion_model and --kaon_model, "
+            "or --method Pion or Kaon"
+        )
+    return {pdg: loaded[paths[pdg]] for pdg in wanted}
+
+
+def generate_tracks(
+    generator: Generator,
+    kinematics: np.ndarray,
+    pdg: np.ndarray,
+    rng: np.random.Generator | None,
+    min_hits: int = 5,
+    max_hits: int = 250,
+    legacy_times: bool | None = None,
+) -> tuple[dict[str, list], int]:
+    """
+    One track per row of `kinematics`.
+
+    Tracks with fewer than `min_hits` or more than `max_hits` photons are drawn again with the same kinematics.
+
+    Args:
+        kinematics: (tracks, quantities) in physical units. pdg: (tracks,) PDG codes.
+        rng: draws arrival times uniformly inside their bin; `None` gives the bin centre.
+
+    Returns:
+        the columns of the record, in the order of `kinematics`, and the number of tracks drawn again.
+
+    Raises:
+        RuntimeError: if a track is still invalid after 50 draws.
+    """
+    import torch
+
+    from hepzoo.data_scripts.dirc_schema import DIRC_FEATURES
+
+    model, tokenizer = generator.model, generator.tokenizer
+    rows: list[dict | None] = [None] * len(kinematics)
+    missing = np.arange(len(kinematics))
+    redrawn = 0
+    for _ in range(MAX_REDRAWS):
+        class_ids = [tokenizer.class_pdg.index(abs(int(code))) for code in pdg[missing]]
+        with torch.inference_mode():
+            output = model.generate(
+                kinematics=torch.tensor(kinematics[missing], dtype=torch.float32, device=model.device),
+                class_ids=torch.tensor(class_ids, device=model.device),
+                return_dict_in_generate=True,
+                **generator.generate_kwargs,
+            )
+        times = None if output.continuous is None else output.continuous["times"]
+        columns = tokenizer.batch_decode(
+            output.sequences,
+            kinematics=kinematics[missing],
+            pdg=pdg[missing],
+            rng=rng,
+            min_hits=min_hits,
+            max_hits=max_hits,
+            times=times,
+            legacy=legacy_times,
+        )
+        for position, index in enumerate(columns["row_index"]):
+            rows[missing[index]] = {name: columns[name][position] for name in DIRC_FEATURES}
+        missing = np.array([index for index in missing if rows[index] is None], dtype=int)
+        if len(missing) == 0:
+            return {name: [row[name] for row in rows] for name in DIRC_FEATURES}, redrawn
+        redrawn += len(missing)
+    values = dict(zip(tokenizer.conditioning_names, kinematics[missing[0]]))
+    raise RuntimeError(
+        f"the model made no track of {min_hits} to {max_hits} photons in {MAX_REDRAWS} draws at "
+        + ", ".join(f"{name} = {value:g}" for name, value in values.items())
+    )
+
+
+def dump_path(folder: Path, index: int, arguments: argparse.Namespace, num_dumps: int) -> Path:
+    if arguments.format == "pickle":
+        name = (
+            f"{arguments.sampling}_p_{arguments.momentum}_theta_{arguments.theta}_PID_{arguments.method}"
+            f"_ntracks_{arguments.n_tracks}_{index}.pkl"
+        )
+        return folder / name
+    return folder / f"generated-{index:05d}-of-{num_dumps:05d}.parquet"
+
+
+def make_dump(index: int, arguments: argparse.Namespace, generators: dict[int, Generator], bar) -> dict[str, list]:
+    """The tracks number `index * n_dump` and following, shuffled as in the published simulation."""
+    import torch
+
+    from hepzoo.tokenization.noise_dirc import add_dark_noise
+
+    tracks = np.arange(index * arguments.n_dump, min((index + 1) * arguments.n_dump, arguments.n_tracks))
+    rng = np.random.default_rng([arguments.seed, index])
+    torch.manual_seed(int(rng.integers(2**63)))
+    pdg = species_of(arguments.method, tracks)
+    kinematics = np.stack(
+        [
+            rng.uniform(*parse_range(arguments.momentum, "momentum", MOMENTUM_LIMITS), size=len(tracks)),
+            rng.uniform(*parse_range(arguments.theta, "theta", THETA_LIMITS), size=len(tracks)),
+        ],
+        axis=-1,
+    )
+    parts = []
+    for species, generator in generators.items():
+        own = np.flatnonzero(pdg == species)
+        for start in range(0, len(own), arguments.batch_size):
+            batch = own[start : start + arguments.batch_size]
+            columns, redrawn = generate_tracks(
+                generator,
+                kinematics[batch],
+                pdg[batch],
+                None if arguments.bin_centres else rng,
+                arguments.min_hits,
+                arguments.max_hits,
+                True if arguments.legacy_times else None,
+            )
+            parts.append(columns)
+            bar.redrawn = getattr(bar, "redrawn", 0) + redrawn
+            bar.set_postfix(redrawn=bar.redrawn)
+            bar.update(len(batch))
+    columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    order = rng.permutation(len(tracks))
+    columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    if arguments.dark_noise:
+        detector = next(iter(generators.values())).tokenizer.detector
+        columns = add_dark_noise(columns, geometry=detector, rng=rng)
+    return columns
+
+
+def write_dump(columns: dict[str, list], path: Path, dark_noise: bool):
+    """Write under a temporary name and rename: a dump is there as a whole or not at all."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    from hepzoo.data_scripts.convert_fm4dirc import write_fm4dirc_pickle
+    from hepzoo.data_scripts.dirc_schema import DIRC_FEATURES, DIRC_NOISE_FEATURES, columns_to_records
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".pkl":
+            write_fm4dirc_pickle(columns_to_records(columns), temporary)
+        else:
+            features = DIRC_NOISE_FEATURES if dark_noise else DIRC_FEATURES
+            dataset = Dataset.from_dict({name: columns[name] for name in features}, features=features)
+            pq.write_table(dataset.with_format("arrow")[:], temporary, row_group_size=1000, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_metadata(folder: Path, arguments: argparse.Namespace):
+    """A restarted run continues a folder only if it was started with the same options."""
+    # what changes neither the tracks nor the files
+    options = {k: v for k, v in vars(arguments).items() if k not in ("output", "cpu")}
+    path = folder / METADATA
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        changed = sorted(name for name in options if stored.get(name) != options[name])
+        if changed:
+            differences = ", ".join(f"{name} {stored.get(name)!r} -> {options[name]!r}" for name in changed)
+            raise ValueError(f"{folder}: holds dumps made with other options ({differences}); choose another --output")
+        return
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder}: exists, is not empty and holds no {METADATA}; choose another --output")
+    path.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hepzoo generate",
+        description="Generate pion and kaon tracks with trained CMHCA-DIRC models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", help="folder or Hub repository of a generator")
+    parser.add_argument("--pion_model", help="generator of pions, if separate")
+    parser.add_argument("--kaon_model", help="generator of kaons, if separate")
+    parser.add_argument("--output", required=True, help="folder for the dumps")
+    parser.add_argument("--n_tracks", type=int, default=100_000, help="tracks in total (default 100000)")
+    parser.add_argument("--n_dump", type=int, default=5000, help="tracks per file (default 5000)")
+    parser.add_argument("--method", choices=["MixPiK", "Pion", "Kaon"], default="MixPiK", help="species")
+    parser.add_argument("--momentum", default="1-10", help='GeV/c, "6" or "1-10" (default 1-10)')
+    parser.add_argument("--theta", default="25-160", help='polar angle in degrees, "30" or "25-160" (default 25-160)')
+    parser.add_argument("--dark_noise", action="store_true", help="add dark counts, 28 kHz per PMT in 100 ns")
+    parser.add_argument("--temperature", type=float, default=1.05, help="default 1.05")
+    parser.add_argument(
+        "--dynamic_temperature", action="store_true", help="1.05 falling to 0.951, replaces temperature"
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=["Default", "TopK", "Nucleus", "MinP", "Greedy"],
+        default="Nucleus",
+        help="default Nucleus",
+    )
+    parser.add_argument("--topK", type=int, default=300, help="tokens kept by TopK (default 300)")
+    parser.add_argument("--nucleus_p", type=float, default=0.995, help="probability kept by Nucleus (default 0.995)")
+    parser.add_argument("--seed", type=int, default=752022, help="default 752022")
+    parser.add_argument("--batch_size", type=int, default=64, help="tracks per call of generate() (default 64)")
+    parser.add_argument("--format", choices=["parquet", "pickle"], default="parquet", help="pickle: FM4DIRC's lists")
+    parser.add_argument(
+        "--min_hits", type=int, default=5, help="tracks with fewer photons are drawn again (default 5)"
+    )
+    parser.add_argument("--max_hits", type=int, default=250, help="likewise with more (default 250)")
+    parser.add_argument("--time_ordered", action="store_true", help="forbid photons earlier than the one before")
+    parser.add_argument(
+        "--dead_channels", type=int, nargs="+", default=[], help="channels (pmtID * 256 + pixelID) to mask"
+    )
+    parser.add_argument("--allow_special_tokens", action="store_true", help="let SOS and pad be drawn, as published")
+    parser.add_argument(
+        "--bin_centres", action="store_true", help="times at bin centres instead of uniform in the bin"
+    )
+    parser.add_argument("--legacy_times", action="store_true", help="decode times one bin late, as published")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace):
+    for name in ("n_tracks", "n_dump", "batch_size", "topK", "min_hits", "max_hits"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
+    if not 0 < arguments.nucleus_p <= 1:
+        raise ValueError(f"--nucleus_p is {arguments.nucleus_p}, expected 0 < p <= 1")
+    if arguments.temperature <= 0:
+        raise ValueError(f"--temperature is {arguments.temperature}, expected > 0")
+    if arguments.min_hits > arguments.max_hits:
+        raise ValueError(f"--min_hits {arguments.min_hits} is above --max_hits {arguments.max_hits}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed is {arguments.seed}, expected >= 0")
+    parse_range(arguments.momentum, "momentum", MOMENTUM_LIMITS)
+    parse_range(arguments.theta, "theta", THETA_LIMITS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    check_arguments(arguments)
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    state = PartialState(cpu=arguments.cpu)
+    generators = load_generators(arguments, state.device)
+    folder = Path(arguments.output)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_metadata(folder, arguments)
+    state.wait_for_everyone()
+
+    num_dumps = -(-arguments.n_tracks // arguments.n_dump)
+    paths = [dump_path(folder, index, arguments, num_dumps) for index in range(num_dumps)]
+    missing = [index for index in range(num_dumps) if not paths[index].exists()]
+    if state.is_main_process and len(missing) < num_dumps:
+        print(f"{folder}: {num_dumps - len(missing)} of {num_dumps} dumps are there already", file=sys.stderr)
+    # every process must have looked before the first one writes
+    state.wait_for_everyone()
+    own = missing[state.process_index :: state.num_processes]
+    total = sum(min(arguments.n_dump, arguments.n_tracks - index * arguments.n_dump) for index in own)
+    with tqdm(total=total, unit="track", disable=not state.is_main_process, desc="generating") as bar:
+        for index in own:
+            columns = make_dump(index, arguments, generators, bar)
+            write_dump(columns, paths[index], arguments.dark_noise)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{folder}: {arguments.n_tracks} tracks in {num_dumps} files")
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"generate.py: error: {error}")
