@@ -1,0 +1,205 @@
+"""Saved checkpoints carry their code: they load in a process that cannot import hepzoo."""
+
+import json
+
+import pytest
+import torch
+
+import hepzoo
+from tests.subprocesses import checked, run_python
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+KINEMATICS = [[6.0, 30.0], [2.0, 120.0], [9.5, 90.0]]
+ROW = {"P": 6.0, "Theta": 30.0, "PDG": 321, "NHits": 3}
+ROW |= {"pmtID": [3, 0, 23], "pixelID": [7, 255, 0], "leadTime": [40.0, 20.5, 99.0]}
+
+LOAD = """
+import json, os, sys
+try:
+    import hepzoo
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("hepzoo can be imported: this is no test")
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+remote = {"trust_remote_code": True}
+
+def generate(model):
+    ids = model.generate(kinematics=torch.tensor(KINEMATICS), do_sample=False, max_new_tokens=12)
+    return ids.tolist()
+
+def observe(folder):
+    config = AutoConfig.from_pretrained(folder, **remote)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
+    model = AutoModelForCausalLM.from_pretrained(folder, **remote).eval()
+    inputs = dict(tokenizer(ROW, return_tensors="pt", padding=True))
+    inputs.pop("class_ids")
+    with torch.no_grad():
+        observed = {
+            "model_type": config.model_type,
+            "ids": inputs["input_ids"].tolist(),
+            "generated": generate(model),
+            "space_logits": model(**inputs).logits[0].double().sum().item(),
+            "hidden": AutoModel.from_pretrained(folder, **remote)(**inputs).last_hidden_state.double().sum().item(),
+        }
+        for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+            encoder, info = auto.from_pretrained(folder, output_loading_info=True, **remote)
+            assert type(encoder).__name__ == "CMHCADirc" + auto.__name__.removeprefix("AutoModel")
+            assert encoder(**inputs).logits.shape[-1] == 1
+            observed[auto.__name__] = sorted(info["missing_keys"])
+    columns = tokenizer.batch_decode(torch.tensor(observed["ids"]), kinematics=inputs["kinematics"])
+    observed["channel"] = columns["channel"][0].tolist()
+    modules = {type(thing).__module__ for thing in (config, tokenizer, model)}
+    assert all(name.startswith("transformers_modules.") for name in modules), modules
+    assert not [name for name in sys.modules if name.partition(".")[0] == "hepzoo" and sys.modules[name]]
+    return observed, model, tokenizer
+"""
+
+
+def code(body: str) -> str:
+    return f"KINEMATICS = {KINEMATICS!r}\nROW = {ROW!r}\n{LOAD}\n{body}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder with the code and the weights, and what the same model does here."""
+    folder = tmp_path_factory.mktemp("remote_code") / "generator"
+    torch.manual_seed(11)
+    model = hepzoo.CMHCADircForCausalLM(hepzoo.CMHCADircConfig(**SIZES)).eval()
+    tokenizer = hepzoo.CMHCADircTokenizer()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    inputs = dict(tokenizer(ROW, return_tensors="pt", padding=True))
+    inputs.pop("class_ids")
+    with torch.no_grad():
+        expected = {
+            "model_type": "cmhca_dirc",
+            "ids": inputs["input_ids"].tolist(),
+            "generated": model.generate(
+                kinematics=torch.tensor(KINEMATICS), do_sample=False, max_new_tokens=12
+            ).tolist(),
+            "space_logits": model(**inputs).logits[0].double().sum().item(),
+            "hidden": model.model(**inputs).last_hidden_state.double().sum().item(),
+        }
+    return folder, expected
+
+
+def compare(observed: dict, expected: dict):
+    for name, value in expected.items():
+        assert observed[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
+    assert sorted(observed["channel"]) == sorted([3 * 256 + 7, 255, 23 * 256])
+    assert observed["AutoModelForTokenClassification"] == ["classifier.bias", "classifier.weight"]
+    assert observed["AutoModelForSequenceClassification"] == [
+        "classifier.bias",
+        "classifier.weight",
+        "model.cls_token",
+    ]
+
+
+def test_a_saved_folder_is_complete(saved):
+    folder, _ = saved
+    files = {path.name for path in folder.iterdir()}
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    references = [*config["auto_map"].values(), *filter(None, tokenizer["auto_map"]["AutoTokenizer"])]
+    assert {f"{reference.split('.')[0]}.py" for reference in references} <= files
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert "import hepzoo" not in text and "from hepzoo" not in text
+
+
+def test_loads_runs_saves_and_loads_again_without_hepzoo(saved, tmp_path):
+    """All Auto classes; equal greedy tracks; what is saved from there is complete again."""
+    folder, expected = saved
+    body = """
+observed, model, tokenizer = observe(sys.argv[1])
+model.save_pretrained("again")
+tokenizer.save_pretrained("again")
+print(json.dumps(observed))
+"""
+    compare(json.loads(checked(run_python(code(body), tmp_path, folder, hepzoo=False)).splitlines()[-1]), expected)
+    again = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {path.name for path in folder.iterdir()} == again
+
+    # a second process without the cache of the first, and without the first folder
+    body = "print(json.dumps(observe(sys.argv[1])[0]))"
+    environment = {"HF_HOME": str(tmp_path / "other_home")}
+    result = run_python(code(body), tmp_path, tmp_path / "again", hepzoo=False, **environment)
+    compare(json.loads(checked(result).splitlines()[-1]), expected)
+
+
+def test_checkpoints_of_the_trainer_load_without_hepzoo(tmp_path):
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    tokenizer = hepzoo.CMHCADircTokenizer()
+    rows = [{**ROW, "P": 1.0 + index} for index in range(4)]
+    encoded = [dict(tokenizer(row)) for row in rows]
+    features = [{"input_ids": e["input_ids"], "kinematics": e["kinematics"]} for e in encoded]
+    features = [{**f, "labels": [[-100, -100]] * 3 + list(map(list, f["input_ids"][3:]))} for f in features]
+    model = hepzoo.CMHCADircForCausalLM(hepzoo.CMHCADircConfig(**SIZES))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=1,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(
+            [
+                {
+                    name: [list(map(int, p)) for p in v] if name != "kinematics" else [float(x) for x in v]
+                    for name, v in f.items()
+                }
+                for f in features
+            ]
+        ),
+        data_collator=DataCollatorWithPadding(tokenizer, return_tensors="pt"),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    model.eval()
+    with torch.no_grad():
+        ids = model.generate(kinematics=torch.tensor(KINEMATICS), do_sample=False, max_new_tokens=12).tolist()
+    body = "print(json.dumps(observe(sys.argv[1])[0]))"
+    observed = json.loads(
+        checked(run_python(code(body), tmp_path, tmp_path / "run" / "checkpoint-2", hepzoo=False)).splitlines()[-1]
+    )
+    assert observed["generated"] == ids
+
+
+def test_hostile_folder_with_code_is_not_run_without_trust(saved, tmp_path):
+    """Without `trust_remote_code` the code of the folder stays unread, with and without hepzoo."""
+    folder, _ = saved
+    body = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+{prefix}
+try:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    print(type(model).__module__)
+except ValueError as error:
+    print("trust_remote_code" in str(error))
+assert not [name for name in sys.modules if name.startswith("transformers_modules.")]
+"""
+    result = run_python(body.format(prefix=""), tmp_path, folder, hepzoo=False)
+    assert checked(result).strip() == "True"
+    result = run_python(body.format(prefix="import hepzoo"), tmp_path, folder)
+    assert checked(result).strip() == "hepzoo.modeling.modeling_cmhca_dirc"
