@@ -13,13 +13,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_size):
         needs_grad = any(ctx.needs_input_grad[:3])
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            log_probs = nn.functional.linear(hidden[rows], weight, bias).log_softmax(dim=-1, dtype=torch.float32)
+            log_probs = nn.functional.linear(hidden[rows], weight, bias).log_softmax(dim=-1, dtype=dtype)
             index = targets[rows, None]
             loss -= log_probs.gather(-1, index).sum()
             if needs_grad:
@@ -62,7 +63,7 @@ def chunked_linear_cross_entropy(
         chunk_size: rows of logits per chunk; by default as many as fit into 8 MiB.
 
     Returns:
-        scalar float32 tensor.
+        scalar tensor, float32 (float64 for float64 weights).
     """
     keep = targets != ignore_index
     hidden, targets = hidden[keep], targets[keep]

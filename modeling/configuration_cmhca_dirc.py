@@ -28,8 +28,8 @@ class CMHCADircConfig(PreTrainedConfig):
         conditioning_names (`list[str]`), conditioning_ranges (`list` of `(min, max)`): the kinematic quantities in the
             order of the columns of `kinematics` and the physical range that is mapped to [-1, 1]
             (momentum in GeV/c and polar angle in degrees by default).
-        time_prediction (`"categorical"` or `"regression"`): a time vocabulary, or one continuous time per hit, scaled to
-            [0, 1]. In regression `input_ids` has one stream and the model takes and predicts `times`.
+        time_prediction (`"categorical"` or `"regression"`): a time vocabulary, or one continuous time per hit,
+            scaled to [0, 1]. In regression `input_ids` has one stream and the model takes and predicts `times`.
         time_regression_size (`int`): width of the regression head.
         num_experts (`int`): 0 for dense MLPs, else the number of experts of each block, a multiple of `num_classes`.
         num_classes (`int`): particle species served by the experts; expert e belongs to class
@@ -88,6 +88,18 @@ class CMHCADircConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Cross-field checks, run by `@strict` at construction and at `save_pretrained`."""
+        for name, least in (
+            ("vocab_size", 4),
+            ("time_vocab_size", 4),
+            ("hidden_size", 1),
+            ("num_hidden_layers", 1),
+            ("intermediate_size", 1),
+            ("max_position_embeddings", 1),
+            ("num_experts", 0),
+            ("num_classes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least {least}")
         for name in ("num_attention_heads", "attention_dropout"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
@@ -96,19 +108,25 @@ class CMHCADircConfig(PreTrainedConfig):
                     f"{self.num_hidden_layers})"
                 )
         for layer_idx in range(self.num_hidden_layers):
-            if self.hidden_size % self.heads_of_layer(layer_idx) != 0:
+            heads = self.heads_of_layer(layer_idx)
+            if heads < 1:
+                raise ValueError(f"`num_attention_heads` of block {layer_idx} is {heads}, expected at least 1")
+            if self.hidden_size % heads != 0:
                 raise ValueError(
-                    f"`hidden_size` = {self.hidden_size} is not a multiple of the {self.heads_of_layer(layer_idx)} "
-                    f"attention heads of block {layer_idx}"
+                    f"`hidden_size` = {self.hidden_size} is not a multiple of the {heads} attention heads of block "
+                    f"{layer_idx}"
                 )
+            dropout = self.dropout_of_layer(layer_idx)
+            if not 0 <= dropout < 1:
+                raise ValueError(f"`attention_dropout` of block {layer_idx} is {dropout}, expected 0 <= p < 1")
         if len(self.conditioning_names) != len(self.conditioning_ranges):
             raise ValueError(
                 f"`conditioning_ranges` has {len(self.conditioning_ranges)} entries, expected one per name in "
                 f"`conditioning_names` = {list(self.conditioning_names)}"
             )
-        for name, (low, high) in zip(self.conditioning_names, self.conditioning_ranges):
-            if not low < high:
-                raise ValueError(f"`conditioning_ranges` of {name} is ({low}, {high}), expected min < max")
+        for name, limits in zip(self.conditioning_names, self.conditioning_ranges):
+            if not isinstance(limits, (list, tuple)) or len(limits) != 2 or not limits[0] < limits[1]:
+                raise ValueError(f"`conditioning_ranges` of {name} is {limits}, expected (min, max) with min < max")
         if self.time_prediction not in ("categorical", "regression"):
             raise ValueError(f"`time_prediction` is {self.time_prediction!r}, expected 'categorical' or 'regression'")
         if self.num_experts % self.num_classes != 0:
@@ -129,7 +147,11 @@ class CMHCADircConfig(PreTrainedConfig):
         """Positions at the start of every sequence that carry the kinematics."""
         return len(self.conditioning_names)
 
-    # What `MultiStreamGenerationMixin` needs to know, one entry per stream.
+    # What `MultiStreamGenerationMixin` and the logs of training need to know, one entry per stream.
+
+    @property
+    def stream_names(self) -> tuple[str, ...]:
+        return ("space", "time")
 
     @property
     def stream_vocab_sizes(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     GenerationMode,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     TopPLogitsWarper,
@@ -309,8 +310,8 @@ class MultiStreamGenerationMixin(GenerationMixin):
 
     Differences from the stock behaviour, all of them consequences of several streams:
 
-    * a processor passed in `logits_processor` acts on every stream; wrap it in [`StreamLogitsProcessor`] to restrict it,
-      derive it from [`JointLogitsProcessor`] to see all streams;
+    * a processor passed in `logits_processor` acts on every stream; wrap it in [`StreamLogitsProcessor`] to restrict
+      it, derive it from [`JointLogitsProcessor`] to see all streams;
     * `generation_config.stream_overrides`, e.g. `{"1": {"temperature": 1.1}}`, sets parameters of single streams;
     * `scores` and `logits` of the returned output are tuples (steps) of tuples (streams);
     * a row that ends gets the end-of-sequence id in every stream, then each stream's pad id;
@@ -325,6 +326,15 @@ class MultiStreamGenerationMixin(GenerationMixin):
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         """Without `input_ids`, every row of the conditioning tensors starts with its slots and one SOS."""
         if inputs is not None:
+            if inputs.ndim != 3 or inputs.shape[-1] != self.config.num_streams:
+                raise ValueError(
+                    f"`input_ids` has shape {tuple(inputs.shape)}, expected (batch, length, {self.config.num_streams})"
+                )
+            pad = torch.tensor(self.config.stream_pad_token_ids, device=inputs.device)
+            padded = (inputs[:, -1] == pad).all(dim=-1)
+            if padded.any() and model_kwargs.get("past_key_values") is None:
+                row = int(padded.nonzero()[0, 0])
+                raise ValueError(f"`input_ids`: row {row} ends with a pad, prompts must be padded on the left")
             return inputs
         batch_size = next((value.shape[0] for value in model_kwargs.values() if isinstance(value, torch.Tensor)), 1)
         bos = torch.tensor(self.config.stream_bos_token_ids, dtype=torch.long, device=self.device)
@@ -339,7 +349,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
         processors = list(logits_processor) if logits_processor is not None else []
         joint = [processor for processor in processors if isinstance(processor, JointLogitsProcessor)]
         single = [processor for processor in processors if not isinstance(processor, JointLogitsProcessor)]
-        overrides = getattr(generation_config, "stream_overrides", None) or {}
+        overrides = self._stream_overrides(generation_config)
         # stock processors that look at the prompt expect 2-D ids
         kwargs["encoder_input_ids"] = None
         eos_token_ids = self._stream_eos_token_ids(generation_config)
@@ -347,7 +357,9 @@ class MultiStreamGenerationMixin(GenerationMixin):
         streams = []
         for stream in range(self.config.num_streams):
             stream_config = copy.deepcopy(generation_config)
-            stream_config.update(**overrides.get(str(stream), {}))
+            unknown = stream_config.update(**overrides.get(stream, {}))
+            if unknown:
+                raise ValueError(f"`stream_overrides` of stream {stream}: no parameter {next(iter(unknown))}")
             stream_config._eos_token_tensor = None if eos_token_ids is None else eos_token_ids[stream : stream + 1]
             of_stream = [p for p in single if getattr(p, "stream", stream) == stream]
             built = super()._get_logits_processor(
@@ -363,6 +375,10 @@ class MultiStreamGenerationMixin(GenerationMixin):
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
         # the stock criterion would look for one id in all streams, where it may be an ordinary one
         criteria = StoppingCriteriaList(c for c in criteria if type(c) is not EosTokenCriteria)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                # its warning counts conditioning slots as positions
+                criterion.max_position_embeddings = None
         eos_token_ids = self._stream_eos_token_ids(generation_config)
         if eos_token_ids is not None:
             criteria.append(MultiStreamEosCriteria(eos_token_ids, self.stream_eos_mode))
@@ -372,6 +388,15 @@ class MultiStreamGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if type(model_kwargs.get("past_key_values")) is DynamicCache:
             growing_cache(model_kwargs["past_key_values"])
+
+    def _stream_overrides(self, generation_config: GenerationConfig) -> dict[int, dict]:
+        """`stream_overrides` by number of the stream; JSON has the numbers as strings."""
+        overrides = getattr(generation_config, "stream_overrides", None) or {}
+        names = [str(stream) for stream in range(self.config.num_streams)]
+        for key in overrides:
+            if str(key) not in names:
+                raise ValueError(f"`stream_overrides` has the stream {key!r}, expected one of {', '.join(names)}")
+        return {int(key): settings for key, settings in overrides.items()}
 
     def _stream_eos_token_ids(self, generation_config: GenerationConfig) -> torch.Tensor | None:
         """One end-of-sequence id per stream, (streams,), or `None` if `eos_token_id` was switched off."""

@@ -17,8 +17,8 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # writing into a buffer that a backward pass still needs would be wrong
+        if torch.is_grad_enabled():
+            # a backward pass may still need what a buffer held before
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -33,12 +33,14 @@ class GrowingLayer(DynamicLayer):
     def _append(
         self, states: torch.Tensor, buffer: torch.Tensor, new_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`states` (batch, heads, length, head size) followed by `new_states`, and the buffer that both are views of."""
+        """`states` (batch, heads, length, size) followed by `new_states`, and the buffer that holds both."""
         batch_size, num_heads, new_length, head_dim = new_states.shape
         length = states.shape[2] if states.numel() > 0 else 0
         total = length + new_length
         # cropping leaves a view of the buffer; selecting or repeating rows does not
         is_view = states.data_ptr() == buffer.data_ptr() and buffer.shape[:2] == (batch_size, num_heads)
+        # what was made in inference mode cannot be written to outside
+        is_view = is_view and (torch.is_inference_mode_enabled() or not buffer.is_inference())
         if not is_view or buffer.shape[2] < total:
             capacity = max(self.minimum_capacity, 2 * total)
             buffer = new_states.new_empty(batch_size, num_heads, capacity, head_dim)

@@ -302,7 +302,7 @@ class CMHCADircLayer(GradientCheckpointingLayer):
 
 
 class CMHCADircTimeRegressionHead(nn.Module):
-    """Next arrival time from the hidden state, (batch, length, hidden_size) -> (batch, length), scaled, not negative."""
+    """Next time from the hidden state, (batch, length, hidden_size) -> (batch, length), scaled, not negative."""
 
     def __init__(self, config: CMHCADircConfig):
         super().__init__()
@@ -369,6 +369,9 @@ class CMHCADircModel(CMHCADircPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.space
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError("`vocab_size` is fixed: EOS and pad are the last two ids of each vocabulary")
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.embeddings.space = value
@@ -451,20 +454,37 @@ class CMHCADircModel(CMHCADircPreTrainedModel):
                     f"`input_ids` has length {length}, expected at most {max_length} = {num_conditioning} conditioning "
                     f"slots + `max_position_embeddings` = {self.config.max_position_embeddings}"
                 )
-            if kinematics is None:
-                raise ValueError(
-                    f"`kinematics` is missing: expected (batch, {num_conditioning}) values of "
-                    f"{', '.join(self.config.conditioning_names)} in physical units"
-                )
-        if kinematics is not None and kinematics.shape != (batch_size, num_conditioning):
-            raise ValueError(
-                f"`kinematics` has shape {tuple(kinematics.shape)}, expected ({batch_size}, {num_conditioning}) values "
-                f"of {', '.join(self.config.conditioning_names)}"
-            )
-        if self.config.num_experts > 0 and class_ids is None:
+            check_conditions(self.config, kinematics, class_ids, batch_size)
+        if self.config.time_prediction == "regression":
+            if times is None:
+                raise ValueError("`times` is missing: a model with `time_prediction='regression'` needs scaled times")
+            if times.shape != (batch_size, length):
+                raise ValueError(f"`times` has shape {tuple(times.shape)}, expected {(batch_size, length)}")
+
+
+def check_conditions(
+    config: CMHCADircConfig, kinematics: torch.Tensor | None, class_ids: torch.Tensor | None, batch_size: int
+):
+    """
+    Raises:
+        ValueError: `kinematics` or, with experts, `class_ids` are missing or of the wrong shape, or name no class.
+    """
+    names = ", ".join(config.conditioning_names)
+    shape = (batch_size, config.num_conditioning_tokens)
+    if kinematics is None:
+        raise ValueError(f"`kinematics` is missing: expected {shape} values of {names} in physical units")
+    found = tuple(kinematics.shape) if isinstance(kinematics, torch.Tensor) else type(kinematics).__name__
+    if found != shape:
+        raise ValueError(f"`kinematics` is {found}, expected a tensor of shape {shape}, values of {names}")
+    if config.num_experts > 0:
+        if class_ids is None:
             raise ValueError("`class_ids` is missing: a model with experts needs the particle class of every track")
-        if self.config.time_prediction == "regression" and times is None:
-            raise ValueError("`times` is missing: a model with `time_prediction='regression'` needs scaled times")
+        if class_ids.shape != (batch_size,):
+            raise ValueError(f"`class_ids` has shape {tuple(class_ids.shape)}, expected ({batch_size},)")
+        if not torch.compiler.is_compiling():
+            unknown = (class_ids < 0) | (class_ids >= config.num_classes)
+            if unknown.any():
+                raise ValueError(f"`class_ids` holds {class_ids[unknown][0]}, expected 0 to {config.num_classes - 1}")
 
 
 class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin):
@@ -489,12 +509,16 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
         self.loss_type = "multi_stream"
         self.post_init()
         # simulation means sampling from the learned distribution; the library's default of the 50 best tokens does not
+        self.generation_config._from_model_config = False
         self.generation_config.update(
             do_sample=True, top_k=0, temperature=1.0, top_p=1.0, max_new_tokens=config.max_position_embeddings
         )
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.space_head
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        return self.model.resize_token_embeddings(*args, **kwargs)
 
     def set_output_embeddings(self, value: nn.Linear):
         self.space_head = value
@@ -540,6 +564,11 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
         )
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or shift_labels is not None
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None and targets.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(targets.shape)}, expected that of `input_ids`, {tuple(input_ids.shape)}"
+                )
 
         logits = predicted_times = loss = stream_losses = aux_loss = None
         if not (self.training and has_labels):
@@ -558,6 +587,9 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             loss = sum(stream_losses)
             if self.training and self.config.num_experts > 0:
                 aux_loss = load_balance_loss(outputs.router_probs, class_ids, attention_mask, self.config.num_classes)
+                if num_items_in_batch is not None:
+                    # a mean over this micro-batch: its share of the whole batch
+                    aux_loss = aux_loss * ((shift_labels != -100).sum() / num_items_in_batch)
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
 
         return CMHCADircCausalLMOutput(
@@ -601,6 +633,15 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             losses += (total / divisor,)
         return losses
 
+    def generate(self, inputs: torch.Tensor | None = None, *args, kinematics=None, **kwargs):
+        """
+        The stock `generate()`. `kinematics` may also be a sequence: `(P, Theta)` of one track, or one such per track.
+        """
+        if kinematics is not None and not isinstance(kinematics, torch.Tensor):
+            kinematics = torch.tensor(kinematics, dtype=torch.float32, device=self.device)
+            kinematics = kinematics.unsqueeze(0) if kinematics.ndim == 1 else kinematics
+        return super().generate(inputs, *args, kinematics=kinematics, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -642,7 +683,12 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # the last id is drawn but never fed
         longest = self.config.num_conditioning_tokens + self.config.max_position_embeddings + 1
-        if model_kwargs.get("context_length") is not None:
+        context_length = model_kwargs.get("context_length")
+        if context_length is not None:
+            if not 1 <= context_length <= self.config.max_position_embeddings:
+                raise ValueError(
+                    f"`context_length` is {context_length}, expected 1 to {self.config.max_position_embeddings}"
+                )
             # a window whose positions restart slides over the keys, which a cache cannot follow
             generation_config.use_cache = model_kwargs["use_cache"] = False
         elif generation_config.max_length > longest:
@@ -655,7 +701,17 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
 
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         input_ids = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+        if model_kwargs.get("past_key_values") is None or model_kwargs.get("kinematics") is not None:
+            check_conditions(
+                self.config, model_kwargs.get("kinematics"), model_kwargs.get("class_ids"), input_ids.shape[0]
+            )
+            finite = torch.isfinite(model_kwargs["kinematics"]).all(dim=-1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0, 0])
+                raise ValueError(f"`kinematics`: row {row} is {model_kwargs['kinematics'][row].tolist()}")
         if self.config.time_prediction == "regression" and model_kwargs.get("times") is None:
+            if inputs is not None and inputs.shape[1] > self.config.num_conditioning_tokens + 1:
+                raise ValueError("`times` is missing: a prompt with hits needs their scaled times, (batch, length)")
             model_kwargs["times"] = torch.zeros(input_ids.shape[:2], device=self.device)
         return input_ids
 
@@ -701,15 +757,17 @@ class CMHCADircEncoderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, **kwargs):
-        if config is None and state_dict is None and pretrained_model_name_or_path is not None:
+        if state_dict is None and pretrained_model_name_or_path is not None:
             hub_kwargs = {
                 key: kwargs[key]
                 for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
                 if key in kwargs
             }
-            stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            stored = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
             if stored.num_experts > 0:
-                generator = CMHCADircForCausalLM.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+                generator = CMHCADircForCausalLM.from_pretrained(
+                    pretrained_model_name_or_path, config=copy.deepcopy(stored), **hub_kwargs
+                )
                 state_dict = average_experts(generator.state_dict())
                 config = generator.config
                 config.num_experts = 0

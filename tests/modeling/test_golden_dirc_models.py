@@ -28,9 +28,7 @@ def converted(golden: GoldenSet, folder, model_class, attn_implementation="sdpa"
     checkpoint = golden.path(f"{state_dict}.safetensors")
     arguments = ["--checkpoint", checkpoint, "--config", golden.path("config.json"), "--output", str(output)]
     assert convert(["cmhca_dirc", *arguments]) == 0
-    model, info = model_class.from_pretrained(
-        output, attn_implementation=attn_implementation, output_loading_info=True
-    )
+    model, info = model_class.from_pretrained(output, attn_implementation=attn_implementation, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 

@@ -47,6 +47,7 @@ def test_equals_concatenation(lengths):
         assert_same(*caches)
 
 
+@torch.no_grad()
 def test_appends_without_moving_what_is_held():
     cache, _ = both_caches()
     generator = torch.Generator().manual_seed(0)

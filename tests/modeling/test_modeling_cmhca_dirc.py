@@ -746,9 +746,7 @@ def test_accumulated_load_balance_weighs_as_in_one_big_batch():
 
     whole = router_gradients([inputs])
     parts = router_gradients([select(inputs, slice(start, start + 2)) for start in range(0, 8, 2)])
-    assert (parts - whole).norm() < 0.1 * whole.norm(), (
-        f"ratio of the norms {(parts.norm() / whole.norm()).item():.2f}"
-    )
+    assert (parts - whole).norm() < 0.1 * whole.norm(), f"ratio of the norms {(parts.norm() / whole.norm()).item():.2f}"
 
 
 class Tracks(torch.utils.data.Dataset):
