@@ -24,7 +24,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .growing_cache import growing_cache
+from .growing_cache import GrowingLayer, growing_cache
 
 Scores = tuple[torch.Tensor, ...]
 
@@ -142,7 +142,8 @@ class MonotonicLogitsProcessor(LogitsProcessor):
 
 class NucleusLogitsWarper(LogitsProcessor):
     """
-    The same tokens as `transformers.TopPLogitsWarper`, found without sorting indices.
+    The same tokens as `transformers.TopPLogitsWarper`, found without sorting indices. (Of tokens with exactly equal
+    scores at the edge it removes as many; which ones, the stock warper leaves open.)
 
     The stock warper sorts values with their indices and scatters the result back, which costs more than a small
     network. Only the sorted *values* are needed: they give the number of tokens to remove and the value of the first
@@ -201,14 +202,12 @@ def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
 def _draw(probs: torch.Tensor) -> torch.Tensor:
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    if not torch.isfinite(total).all():
-        row = int((~torch.isfinite(total)).nonzero()[0, 0])
+    if not (total > 0).all():
+        row = int((~(total > 0)).nonzero()[0, 0])
         raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
-    # float64: the spacing of float32 random numbers is coarser than the rarest tokens
-    uniform = (torch.rand(total.shape, dtype=torch.float64, device=probs.device) * total).to(total.dtype)
-    # the first id whose cumulative exceeds the draw: an id of probability zero never does
-    uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
+    # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
+    uniform = (1 - torch.rand(total.shape, dtype=torch.float64, device=probs.device)) * total
+    return torch.searchsorted(cumulative, uniform.to(total.dtype)).squeeze(-1)
 
 
 def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> torch.Tensor:
@@ -223,10 +222,11 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
     probs = scores.softmax(dim=-1)
     ids = _draw(probs)
     drawn = probs.gather(-1, ids.unsqueeze(-1))
-    tail = (probs * (probs < drawn)).sum(dim=-1, keepdim=True) + drawn
+    tail = probs.masked_fill_(probs >= drawn, 0).sum(dim=-1, keepdim=True) + drawn
     # far above the rounding of the sums
-    doubtful = (tail <= 1 - nucleus.top_p + 1e-4).squeeze(-1).nonzero().squeeze(-1)
-    if len(doubtful) > 0:
+    is_doubtful = tail <= 1 - nucleus.top_p + 1e-4
+    if is_doubtful.any():
+        doubtful = is_doubtful.squeeze(-1).nonzero().squeeze(-1)
         cut = nucleus(None, scores[doubtful])
         redrawn = sample_from_scores(cut)
         is_kept = cut.gather(-1, ids[doubtful].unsqueeze(-1)).squeeze(-1) != nucleus.filter_value
@@ -303,6 +303,9 @@ class GenerateMultiStreamOutput(GenerateDecoderOnlyOutput):
 class MultiStreamGenerationMixin(GenerationMixin):
     """
     `GenerationMixin` for `input_ids` of shape (batch, length, streams).
+
+    A model may define `make_decoder(past_key_values)`, which returns a callable that does what `forward` does for one
+    more position, with less bookkeeping: for a small network that costs more than the arithmetic.
 
     The config provides `stream_bos_token_ids`, `stream_eos_token_ids` and `stream_pad_token_ids` (one per stream) and
     `num_conditioning_tokens`, the leading positions that hold continuous conditioning. `forward` returns `logits` as
@@ -427,6 +430,26 @@ class MultiStreamGenerationMixin(GenerationMixin):
             next_tokens = torch.where(ended, eos_token_ids, next_tokens)
         return next_tokens, model_kwargs
 
+    def _decodes_directly(self, input_ids: torch.LongTensor, generation_config, model_kwargs: dict) -> bool:
+        """
+        Whether `make_decoder` can stand in for `forward`: all rows at the same position, a plain growing cache, nothing
+        recorded or hooked.
+        """
+        cache = model_kwargs.get("past_key_values")
+        position_ids = model_kwargs.get("position_ids")
+        expected = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return (
+            hasattr(self, "make_decoder")
+            and self.config._attn_implementation == "sdpa"
+            and type(cache) is DynamicCache
+            and all(type(layer) is GrowingLayer for layer in cache.layers)
+            and model_kwargs.get("attention_mask") is None
+            and (position_ids is None or bool((position_ids == expected).all()))
+            and not (generation_config.output_attentions or generation_config.output_hidden_states)
+            and not hasattr(self, "hf_device_map")
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        )
+
     def _sample(
         self,
         input_ids: torch.LongTensor,
@@ -454,14 +477,20 @@ class MultiStreamGenerationMixin(GenerationMixin):
             else self.__call__
         )
         outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        decoder = None
+        if self._decodes_directly(input_ids, generation_config, model_kwargs):
+            decoder = self.make_decoder(model_kwargs["past_key_values"])
 
         while self._has_unfinished_sequences(all_finished, synced_gpus, device=input_ids.device):
-            if outputs is None:
-                model_inputs = self.prepare_inputs_for_generation(
-                    input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-                )
-                outputs = model_forward(**model_inputs, return_dict=True)
-            model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+            if outputs is None and decoder is not None:
+                outputs = decoder(input_ids[:, -1:], **model_kwargs)
+            else:
+                if outputs is None:
+                    model_inputs = self.prepare_inputs_for_generation(
+                        input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+                    )
+                    outputs = model_forward(**model_inputs, return_dict=True)
+                model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
             if synced_gpus and all_finished:
                 outputs = None
                 continue

@@ -46,8 +46,8 @@ class GrowingLayer(DynamicLayer):
             buffer = new_states.new_empty(batch_size, num_heads, capacity, head_dim)
             if length > 0:
                 buffer[:, :, :length] = states
-        buffer[:, :, length:total] = new_states
-        return buffer[:, :, :total], buffer
+        buffer.narrow(2, length, new_length).copy_(new_states)
+        return buffer.narrow(2, 0, total), buffer
 
 
 def growing_cache(cache: DynamicCache) -> DynamicCache:

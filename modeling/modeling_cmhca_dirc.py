@@ -454,7 +454,9 @@ class CMHCADircModel(CMHCADircPreTrainedModel):
                     f"`input_ids` has length {length}, expected at most {max_length} = {num_conditioning} conditioning "
                     f"slots + `max_position_embeddings` = {self.config.max_position_embeddings}"
                 )
-            check_conditions(self.config, kinematics, class_ids, batch_size)
+        # values are read once, where a track starts: that makes the host wait for an accelerator
+        starts = past_key_values is None
+        check_conditions(self.config, kinematics, class_ids, batch_size, needs_kinematics=starts, read_values=starts)
         if self.config.time_prediction == "regression":
             if times is None:
                 raise ValueError("`times` is missing: a model with `time_prediction='regression'` needs scaled times")
@@ -463,7 +465,12 @@ class CMHCADircModel(CMHCADircPreTrainedModel):
 
 
 def check_conditions(
-    config: CMHCADircConfig, kinematics: torch.Tensor | None, class_ids: torch.Tensor | None, batch_size: int
+    config: CMHCADircConfig,
+    kinematics: torch.Tensor | None,
+    class_ids: torch.Tensor | None,
+    batch_size: int,
+    needs_kinematics: bool = True,
+    read_values: bool = True,
 ):
     """
     Raises:
@@ -471,17 +478,17 @@ def check_conditions(
     """
     names = ", ".join(config.conditioning_names)
     shape = (batch_size, config.num_conditioning_tokens)
-    if kinematics is None:
+    if kinematics is None and needs_kinematics:
         raise ValueError(f"`kinematics` is missing: expected {shape} values of {names} in physical units")
     found = tuple(kinematics.shape) if isinstance(kinematics, torch.Tensor) else type(kinematics).__name__
-    if found != shape:
+    if kinematics is not None and found != shape:
         raise ValueError(f"`kinematics` is {found}, expected a tensor of shape {shape}, values of {names}")
     if config.num_experts > 0:
         if class_ids is None:
             raise ValueError("`class_ids` is missing: a model with experts needs the particle class of every track")
         if class_ids.shape != (batch_size,):
             raise ValueError(f"`class_ids` has shape {tuple(class_ids.shape)}, expected ({batch_size},)")
-        if not torch.compiler.is_compiling():
+        if read_values and not torch.compiler.is_compiling():
             unknown = (class_ids < 0) | (class_ids >= config.num_classes)
             if unknown.any():
                 raise ValueError(f"`class_ids` holds {class_ids[unknown][0]}, expected 0 to {config.num_classes - 1}")
@@ -573,12 +580,7 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
         logits = predicted_times = loss = stream_losses = aux_loss = None
         if not (self.training and has_labels):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = hidden_states[:, keep]
-            logits = (self.space_head(kept),)
-            if self.config.time_prediction == "categorical":
-                logits += (self.time_head(kept),)
-            else:
-                predicted_times = self.time_head(kept)
+            logits, predicted_times = self._predict(hidden_states[:, keep])
         if has_labels:
             if shift_labels is None:
                 shift_labels = nn.functional.pad(labels[:, 1:], (0, 0, 0, 1), value=-100)
@@ -603,6 +605,15 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             attentions=outputs.attentions,
             router_probs=outputs.router_probs,
         )
+
+    def _predict(self, hidden_states: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Logits of every stream, and the next times where they are regressed."""
+        if self.config.time_prediction == "categorical":
+            return (self.space_head(hidden_states), self.time_head(hidden_states)), None
+        return (self.space_head(hidden_states),), self.time_head(hidden_states)
+
+    def make_decoder(self, past_key_values: Cache) -> "CMHCADircDecoder":
+        return CMHCADircDecoder(self, past_key_values)
 
     def _stream_losses(
         self,
@@ -701,10 +712,16 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
 
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         input_ids = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
-        if model_kwargs.get("past_key_values") is None or model_kwargs.get("kinematics") is not None:
-            check_conditions(
-                self.config, model_kwargs.get("kinematics"), model_kwargs.get("class_ids"), input_ids.shape[0]
-            )
+        cache = model_kwargs.get("past_key_values")
+        starts = cache is None or bool(cache.get_seq_length() == 0)
+        check_conditions(
+            self.config,
+            model_kwargs.get("kinematics"),
+            model_kwargs.get("class_ids"),
+            input_ids.shape[0],
+            needs_kinematics=starts,
+        )
+        if model_kwargs.get("kinematics") is not None:
             finite = torch.isfinite(model_kwargs["kinematics"]).all(dim=-1)
             if not finite.all():
                 row = int((~finite).nonzero()[0, 0])
@@ -723,6 +740,72 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             next_times = outputs.predicted_times[:, -1:].to(model_kwargs["times"].dtype)
             model_kwargs["times"] = torch.cat([model_kwargs["times"], next_times], dim=1)
         return next_tokens, model_kwargs
+
+
+class CMHCADircDecoder:
+    """
+    `CMHCADircForCausalLM.forward` for one more position of an unpadded batch with a cache, written out.
+
+    A step of this network is less work than the calls that make it up: projections that share an input are one here,
+    and masks and attention interfaces are left out. Lives for one call of `generate()`, so merged weights never age.
+    """
+
+    def __init__(self, model: CMHCADircForCausalLM, past_key_values: Cache):
+        self.model = model
+        self.cache = past_key_values
+        self.projections = []
+        for index, layer in enumerate(model.model.layers):
+            attention = layer.attention
+            # in block 0 the query comes from the time stream
+            query = () if index == 0 else (attention.q_proj.weight,)
+            self.projections.append(torch.cat([*query, attention.k_proj.weight, attention.v_proj.weight]))
+
+    def __call__(
+        self,
+        input_ids: torch.LongTensor,
+        class_ids: torch.LongTensor | None = None,
+        times: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> CMHCADircCausalLMOutput:
+        """Takes the last ids of every row, (batch, 1, streams); the kinematics are in the cache already."""
+        base = self.model.model
+        embeddings = base.embeddings
+        position = self.cache.get_seq_length() - embeddings.num_conditioning_tokens
+        hidden_states = embeddings.space(input_ids[..., 0]) + embeddings.space_position.weight[position]
+        if self.model.config.time_prediction == "categorical":
+            time_states = embeddings.time(input_ids[..., 1])
+        else:
+            time_states = embeddings.time(times[:, -1:, None].to(hidden_states.dtype))
+        time_states = time_states + embeddings.time_position.weight[position]
+        for index, layer in enumerate(base.layers):
+            hidden_states = hidden_states + self.attend(index, layer, hidden_states, time_states)
+            normed = layer.mlp_norm(hidden_states)
+            mlp_output = layer.mlp(normed, class_ids)[0] if layer.has_experts else layer.mlp(normed)
+            hidden_states = hidden_states + mlp_output
+        logits, predicted_times = self.model._predict(base.norm(hidden_states))
+        return CMHCADircCausalLMOutput(logits=logits, predicted_times=predicted_times, past_key_values=self.cache)
+
+    def attend(self, index: int, layer: CMHCADircLayer, hidden_states: torch.Tensor, time_states: torch.Tensor):
+        attention = layer.attention
+        batch_size, _, size = hidden_states.shape
+        heads = (size // attention.head_dim, attention.head_dim)
+        # (query), key and value of all heads: (batch, 2 or 3, heads, head_dim)
+        states = nn.functional.linear(layer.attention_norm(hidden_states), self.projections[index])
+        states = states.view(batch_size, -1, *heads)
+        if index == 0:
+            query = attention.q_proj(layer.time_norm(time_states)).view(batch_size, 1, *heads)
+            states = torch.cat([query, states], dim=1)
+        scaling = attention.head_dim**-0.5
+        query_key, value = states[:, :2], states[:, 2]
+        if attention.qk_norm:
+            query_key = normalize(query_key)
+            query, key = query_key[:, 0] * attention.logit_scale, query_key[:, 1]
+            scaling = 1.0
+        else:
+            query, key = query_key.unbind(1)
+        keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
+        output = nn.functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=scaling)
+        return attention.o_proj(output.view(batch_size, 1, size))
 
 
 def load_balance_loss(
@@ -763,13 +846,13 @@ class CMHCADircEncoderMixin:
                 for key in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
                 if key in kwargs
             }
-            stored = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
             if stored.num_experts > 0:
                 generator = CMHCADircForCausalLM.from_pretrained(
-                    pretrained_model_name_or_path, config=copy.deepcopy(stored), **hub_kwargs
+                    pretrained_model_name_or_path, config=stored, **hub_kwargs
                 )
                 state_dict = average_experts(generator.state_dict())
-                config = generator.config
+                config = copy.deepcopy(generator.config if config is None else config)
                 config.num_experts = 0
                 for name in [name for name in kwargs if hasattr(config, name)]:
                     setattr(config, name, kwargs.pop(name))

@@ -20,6 +20,10 @@ TARGETS = [
 ]
 
 
+def script_of(module: str) -> str:
+    return module.removeprefix("hepzoo.").replace(".", "/") + ".py"
+
+
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     try:
         code = main(list(arguments))
@@ -57,7 +61,8 @@ def test_help_of_every_command_shows_options_and_examples(capsys, words, module)
     assert "usage: hepzoo " + words[0] in out
     assert "--output" in out
     assert "examples:" in out
-    assert f"hepzoo {' '.join(words)} " in out.split("examples:")[1]
+    examples = out.split("examples:")[1]
+    assert f"hepzoo {' '.join(words)} " in examples or f"python {script_of(module)} " in examples
     parser = importlib.import_module(module).build_parser()
     undocumented = [action.option_strings for action in parser._actions if not (action.help or action.choices)]
     assert not undocumented
@@ -81,12 +86,15 @@ def test_examples_of_the_help_are_understood_by_the_parsers():
     texts += [importlib.import_module(module).build_parser().epilog for _, module in TARGETS]
     seen = set()
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        match = re.match(r"\s+hepzoo (.*)", line)
-        if match is None or "COMMAND" in line:
+        words = line.split()
+        if words[:1] == ["hepzoo"]:
+            target = COMMANDS[words[1]][1]
+            module, rest = (target, words[2:]) if isinstance(target, str) else (target[words[2]], words[3:])
+        elif words[:1] == ["python"]:
+            (module,) = (module for _, module in TARGETS if script_of(module) == words[1])
+            rest = words[2:]
+        else:
             continue
-        words = match[1].split()
-        target = COMMANDS[words[0]][1]
-        module, rest = (target, words[1:]) if isinstance(target, str) else (target[words[1]], words[2:])
         importlib.import_module(module).build_parser().parse_args([word.strip("\"'") for word in rest])
         seen.add(module)
     assert seen == {module for _, module in TARGETS}
@@ -134,7 +142,7 @@ def error_cases(folder) -> dict[str, tuple[list[str], str]]:
         "generate momentum": ([*generate, "--model", missing, "--momentum", "1-20"], "--momentum"),
         "simulate below a file": (["simulate", "dirc", "--output", not_a_folder, "--n_tracks", "2"], "config.json"),
         "simulate nothing": (["simulate", "dirc", "--output", output, "--n_tracks", "-1"], "n_tracks"),
-        "convert-data missing": (["convert-data", "fm4dirc", "--input", missing, "--output", output], "missing"),
+        "convert-data missing": (["convert-data", "fm4dirc", missing, "--output", output], "missing"),
         "evaluate missing": (["evaluate", "dirc", "--real", missing, "--generated", missing], "missing"),
         "plot missing": (["plot", "dirc", "--real", missing, "--generated", missing, "--output", output], "missing"),
     }
@@ -165,7 +173,7 @@ def test_hostile_arguments_are_one_line_without_traceback(capsys, tmp_path, monk
     assert code != 0 and out == ""
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if not line.startswith(("usage:", " "))]
-    assert len(lines) == 1 and "error: " in lines[0] and expected in lines[0], err
+    assert len(lines) == 1 and expected in lines[0], err
     assert {path for path in tmp_path.rglob("*") if path.is_file()} <= before
 
 

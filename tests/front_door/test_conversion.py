@@ -45,6 +45,15 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads on tensors this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of the reference, made from our models: names written down from the published models, not from our table
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,15 +230,19 @@ def test_every_kind_of_checkpoint_converts_to_an_equal_model(kind, tmp_path):
     assert os.listdir(tmp_path / "out") == ["converted"]
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".safetensors", ".bin"])
-@pytest.mark.parametrize("wrapping", ["bare", "net_state_dict", "state_dict", "model_state_dict"])
+WRAPPINGS = ("bare", "net_state_dict", "state_dict", "model_state_dict")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "wrapping"),
+    # safetensors files hold nothing but tensors
+    [(".safetensors", "bare"), *((suffix, wrapping) for suffix in (".pth", ".pt", ".ckpt") for wrapping in WRAPPINGS)],
+)
 def test_file_types_and_wrappings(suffix, wrapping, tmp_path):
     model = build("dense")
     weights = reference_state_dict(model, "dense")
     path = tmp_path / f"model{suffix}"
     if suffix == ".safetensors":
-        if wrapping != "bare":
-            pytest.skip("safetensors files hold nothing but tensors")
         save_file(weights, path)
     else:
         torch.save(weights if wrapping == "bare" else training_checkpoint(weights, wrapping), path)

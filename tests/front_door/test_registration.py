@@ -15,9 +15,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 ORDERS = {
     "hepzoo_first": "import hepzoo",
     "auto_classes_first": "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer; import hepzoo",
-    "auto_config_first": "from transformers import AutoConfig; import hepzoo",
     "auto_tokenizer_first": "from transformers import AutoTokenizer; import hepzoo",
-    "generation_first": "from transformers import GenerationMixin; import hepzoo",
     "modeling_first": "import hepzoo.modeling.modeling_cmhca_dirc",
     "configuration_first": "import hepzoo.modeling.configuration_cmhca_dirc",
     "tokenizer_first": "import hepzoo.tokenization.tokenization_cmhca_dirc",
@@ -25,8 +23,6 @@ ORDERS = {
         "from transformers import AutoModel, AutoTokenizer; import hepzoo.modeling.modeling_cmhca_dirc"
     ),
     "class_from_hepzoo": "from hepzoo import CMHCADircForCausalLM",
-    "tokenizer_from_hepzoo": "from hepzoo import CMHCADircTokenizer",
-    "everything_from_hepzoo": "from hepzoo import *",
     # asking where a module is must not use up its registration
     "looked_for_before_import": (
         "import hepzoo, importlib.util; importlib.util.find_spec('transformers.models.auto.modeling_auto'); "
@@ -57,20 +53,24 @@ def observe(code):
         objects[name] = getattr(transformers, name).from_config(config)
     return {name: f"{type(value).__module__}.{type(value).__qualname__}" for name, value in objects.items()}
 
-results = {}
-for name, code in orders.items():
-    reading, writing = os.pipe()
-    if os.fork() == 0:
-        try:
-            answer = observe(code)
-        except BaseException:
-            answer = traceback.format_exc()[:1500]
-        os.write(writing, json.dumps(answer).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        results[name] = json.load(pipe)
-    os.wait()
+results, names = {}, list(orders)
+for pair in zip(names[::2], names[1::2] + [None] * (len(names) % 2)):
+    pipes = {}
+    for name in filter(None, pair):
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            try:
+                answer = observe(orders[name])
+            except BaseException:
+                answer = traceback.format_exc()[:1500]
+            os.write(writing, json.dumps(answer).encode())
+            os._exit(0)
+        os.close(writing)
+        pipes[name] = reading
+    for name, reading in pipes.items():
+        with os.fdopen(reading) as pipe:
+            results[name] = json.load(pipe)
+        os.wait()
 print(json.dumps(results))
 """
 

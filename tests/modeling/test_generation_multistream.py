@@ -831,6 +831,22 @@ def test_hostile_missing_kinematics(model, kwargs):
         model.generate(torch.zeros(2, PROMPT, 2, dtype=torch.long), max_new_tokens=3, **kwargs)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_hostile_missing_kinematics_with_an_empty_cache(model, kind):
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=PROMPT + 3)
+    with pytest.raises(ValueError, match="kinematics.*P, Theta"):
+        model.generate(past_key_values=cache, max_new_tokens=3, disable_compile=True)
+
+
+@pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 7, 7])], ids=["missing", "unknown"])
+def test_hostile_class_ids_of_a_continuation(class_ids):
+    """Kinematics are in the cache, the class is not: every step needs it."""
+    experts = make_model(num_experts=4)
+    first = endless(experts, 3, class_ids=torch.tensor([0, 1, 1]), return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="class_ids"):
+        experts.generate(first.sequences, class_ids=class_ids, past_key_values=first.past_key_values, max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     "kinematics",
     [torch.ones(2), torch.ones(2, 3), torch.ones(2, 1, 2), [6.0, 30.0, 0.0]],

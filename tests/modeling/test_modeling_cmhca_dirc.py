@@ -333,6 +333,15 @@ def test_fine_tuning_starts_from_every_generator(head_class, auto_class, name, h
     assert torch.equal(model.eval()(**inputs).logits, reloaded.eval()(**inputs).logits)
 
 
+def test_fine_tuning_with_a_dense_config_averages_the_experts_of_the_checkpoint(tmp_path):
+    """The checkpoint, not the caller's configuration, knows whether it has experts: nothing may start at random."""
+    make_model("moe").save_pretrained(tmp_path)
+    _, info = CMHCADircForSequenceClassification.from_pretrained(
+        tmp_path, config=tiny_config(num_labels=2), output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"model.cls_token", "classifier.weight", "classifier.bias"}
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_fine_tuning_passes_on_dtype_and_attention(name, tmp_path):
     make_model(name).save_pretrained(tmp_path)
@@ -1064,6 +1073,22 @@ def test_hostile_inputs_are_one_clear_line(name, changes, words):
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("dense", {"kinematics": torch.ones(5, 2)}, ["kinematics", "(5, 2)"]),
+        ("moe", {"class_ids": None}, ["class_ids"]),
+        ("moe", {"class_ids": torch.tensor([1])}, ["class_ids", "(1,)"]),
+    ],
+)
+def test_hostile_inputs_beside_a_cache(name, changes, words):
+    """A cache given by the caller, here an empty one, is no reason to look away."""
+    model, inputs = bad(name, **changes)
+    with pytest.raises(ValueError) as error:
+        model(**inputs, past_key_values=DynamicCache(config=model.config))
+    assert all(word in str(error.value) for word in words)
 
 
 def test_hostile_labels_of_one_stream():
