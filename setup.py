@@ -7,5 +7,5 @@ ROOMS = ("modeling", "tokenization", "data_scripts", "training", "evaluation")
 setup(
     packages=["hepzoo", *(f"hepzoo.{room}" for room in ROOMS)],
     package_dir={"hepzoo": "hepzoo", **{f"hepzoo.{room}": room for room in ROOMS}},
-    package_data={"hepzoo": ["py.typed"]},
+    package_data={"hepzoo": ["py.typed"], "hepzoo.training": ["configs/*.yaml"]},
 )

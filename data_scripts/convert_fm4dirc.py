@@ -632,7 +632,7 @@ def write_fm4dirc_pickle(rows: Any, path: str | os.PathLike) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_fm4dirc",
+        prog="hepzoo convert-data fm4dirc",
         description="Convert FM4DIRC data files (pickled lists of tracks) to sharded Parquet.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:

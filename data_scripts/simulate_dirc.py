@@ -503,7 +503,7 @@ def parse_range(text: str) -> float | tuple[float, float]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="simulate_dirc",
+        prog="hepzoo simulate dirc",
         description="Simulate pions and kaons in a high-performance DIRC and write sharded Parquet.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=textwrap.dedent(

@@ -103,13 +103,18 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in self.watched:
             return None
+        # looking for a module is not importing it: it stays watched until it has been executed
         self.watched.remove(fullname)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None:
-            return None
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.watched.add(fullname)
+        if spec is None or fullname in sys.modules:
+            return spec
         exec_module = spec.loader.exec_module
 
         def exec_and_register(module):
+            self.watched.discard(fullname)
             self.executing.add(fullname)
             try:
                 exec_module(module)

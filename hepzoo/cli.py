@@ -23,7 +23,7 @@ examples:
   hepzoo simulate dirc --output data/dirc --n_tracks 10000 --method MixPiK --momentum 1-10 --theta 25-160
   hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
   hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
-  hepzoo convert-data fm4dirc --input Pions.pkl Kaons.pkl --output data/fm4dirc
+  hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
   hepzoo evaluate dirc --real data/dirc --generated generated
   hepzoo plot dirc --real data/dirc --generated generated --output plots
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         target = target[kind]
     try:
         return importlib.import_module(target).main(rest) or 0
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         return fail(str(error))
     except ImportError as error:
         if "hepzoo[" not in str(error):
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fail(message: str) -> int:
-    print(f"hepzoo: error: {message}", file=sys.stderr)
+    print(f"hepzoo: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -22,6 +22,10 @@ examples:
 """
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     State dict of a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, on the CPU.
@@ -59,16 +63,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), "unsafe pickle")
         raise ValueError(f"{path}: refused, it holds more than tensors and plain values: {reason}") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
 
     for key in ("net_state_dict", "state_dict", "model_state_dict"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise ValueError(f"{path}: expected a dictionary of parameters, found {type(checkpoint).__name__}")
-    others = sorted(str(name) for name, value in checkpoint.items() if not isinstance(value, torch.Tensor))
+    others = sorted(
+        str(name)
+        for name, value in checkpoint.items()
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided)
+    )
     if others:
-        raise ValueError(f"{path}: expected only tensors, but these entries are not: {', '.join(others)}")
+        raise ValueError(f"{path}: expected only named tensors, but these entries are not: {', '.join(others)}")
+    # a few stored bytes can be declared as terabytes
+    views = [n for n, t in checkpoint.items() if t.numel() * t.element_size() > t.untyped_storage().nbytes()]
+    if views:
+        raise ValueError(f"{path}: these tensors are larger than what is stored of them: {', '.join(sorted(views))}")
     return checkpoint
 
 
@@ -82,8 +94,8 @@ def load_reference_config(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a JSON or YAML file ({str(error).splitlines()[0]})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON or YAML file ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a mapping of settings, found {type(config).__name__}")
     return config
@@ -114,7 +126,7 @@ def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any,
         architecture_of,
         convert_config,
         convert_state_dict,
-        find_setting,
+        find_number,
     )
     from hepzoo.tokenization.tokenization_cmhca_dirc import CMHCADircTokenizer
 
@@ -125,18 +137,18 @@ def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any,
         model_class = getattr(modeling_cmhca_dirc, architecture_of(state_dict))
     except ValueError as error:
         raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    settings = {
+        "time_min": find_number(reference_config, "time_min", "t_min"),
+        "time_max": find_number(reference_config, "time_max", "t_max"),
+        "time_resolution": find_number(reference_config, "time_res"),
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
     model = model_class(model_config).eval()
     load_strictly(model, state_dict, str(checkpoint))
     if model.can_generate():
         # the sampling of the published simulation script
         model.generation_config.update(temperature=1.05, top_p=0.995)
 
-    settings = {
-        "time_min": find_setting(reference_config, "time_min", "t_min"),
-        "time_max": find_setting(reference_config, "time_max", "t_max"),
-        "time_resolution": find_setting(reference_config, "time_res"),
-    }
-    settings = {name: float(value) for name, value in settings.items() if value is not None}
     try:
         tokenizer = CMHCADircTokenizer(
             time_vocab_size=model_config.time_vocab_size,

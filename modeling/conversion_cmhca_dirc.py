@@ -1,9 +1,11 @@
 """Parameter names and configuration of the CMHCA-DIRC reference (arXiv:2505.08736, and its GlueX successor) to ours."""
 
+import math
 import re
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from .configuration_cmhca_dirc import CMHCADircConfig
 
@@ -101,13 +103,27 @@ def architecture_of(state_dict: dict[str, torch.Tensor]) -> str:
 def find_setting(reference_config: dict[str, Any], *names: str) -> Any:
     """First value found under one of the names, at any depth of the reference's JSON configuration, else `None`."""
     for name in names:
-        queue = [reference_config]
+        queue, seen = [reference_config], {id(reference_config)}
         while queue:
             level = queue.pop(0)
             if level.get(name) is not None:
                 return level[name]
-            queue.extend(value for value in level.values() if isinstance(value, dict))
+            for value in level.values():
+                # aliases of YAML can repeat a level, or contain it
+                if isinstance(value, dict) and id(value) not in seen:
+                    seen.add(id(value))
+                    queue.append(value)
     return None
+
+
+def find_number(reference_config: dict[str, Any], *names: str) -> float | None:
+    """As `find_setting`, for one finite number."""
+    value = find_setting(reference_config, *names)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"configuration says {names[0]} = {value!r}, expected a finite number")
+    return float(value)
 
 
 def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> CMHCADircConfig:
@@ -126,16 +142,18 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     missing = [name for name in needed if name not in state_dict]
     if missing:
         raise ValueError(f"checkpoint lacks parameters: {', '.join(missing)}")
+    check_matrices(state_dict, *needed)
     vocab_size, hidden_size = state_dict["model.embeddings.space.weight"].shape
-    num_layers = 1 + max(
-        (int(match.group(1)) for name in state_dict if (match := re.match(r"model\.layers\.(\d+)\.", name))),
-        default=-1,
-    )
+    layers = {int(match.group(1)) for name in state_dict if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    num_layers = len(layers)
+    if layers != set(range(num_layers)):
+        raise ValueError(f"checkpoint has the blocks {sorted(layers)}, expected 0 to {num_layers - 1}")
     num_conditioning = len({name.split(".")[3] for name in state_dict if ".conditioning." in name})
     experts = {name.split(".")[5] for name in state_dict if ".mlp.experts." in name}
     first_linear = "model.layers.0.mlp.experts.0.fc1.weight" if experts else "model.layers.0.mlp.fc1.weight"
     if first_linear not in state_dict:
         raise ValueError(f"checkpoint lacks parameters: {first_linear}")
+    check_matrices(state_dict, first_linear)
     regression = state_dict["model.embeddings.time.weight"].shape[1] == 1
     sizes = {
         "vocab_size": vocab_size,
@@ -175,12 +193,22 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     if dropout is not None:
         settings["attention_dropout"] = dropout
     if experts:
-        settings["num_classes"] = find_setting(reference_config, "num_classes") or 2
+        num_classes = find_setting(reference_config, "num_classes")
+        settings["num_classes"] = 2 if num_classes is None else num_classes
     for name in ("num_attention_heads", "attention_dropout"):
         value = settings.get(name)
         if isinstance(value, list) and len(set(value)) == 1 and len(value) == num_layers:
             settings[name] = value[0]
-    return CMHCADircConfig(**settings)
+    try:
+        return CMHCADircConfig(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+
+
+def check_matrices(state_dict: dict[str, torch.Tensor], *names: str):
+    for name in names:
+        if state_dict[name].ndim != 2 or state_dict[name].numel() == 0:
+            raise ValueError(f"{name} has shape {tuple(state_dict[name].shape)}, expected a matrix")
 
 
 def conditioning_ranges(reference_config: dict[str, Any], num_conditioning: int) -> dict[str, Any]:
@@ -189,8 +217,8 @@ def conditioning_ranges(reference_config: dict[str, Any], num_conditioning: int)
     ranges = []
     for name, default in zip(names, (*CMHCADircConfig().conditioning_ranges, (-180.0, 180.0))):
         low, high = (
-            find_setting(reference_config, *(f"{alias}_{end}" for alias in (name, name.lower())))
+            find_number(reference_config, *(f"{alias}_{end}" for alias in (name, name.lower())))
             for end in ("min", "max")
         )
-        ranges.append((default[0] if low is None else float(low), default[1] if high is None else float(high)))
+        ranges.append((default[0] if low is None else low, default[1] if high is None else high))
     return {"conditioning_names": names, "conditioning_ranges": tuple(ranges)}

@@ -87,6 +87,10 @@ def sampling_kwargs(arguments: argparse.Namespace, model) -> dict[str, Any]:
             processors.append(StreamLogitsProcessor(stream, ForbiddenTokensLogitsProcessor(specials)))
     if arguments.dead_channels:
         # channel c is space token c + 1
+        channels = config.vocab_size - 3
+        outside = [channel for channel in arguments.dead_channels if not 0 <= channel < channels]
+        if outside:
+            raise ValueError(f"--dead_channels {outside[0]}: expected channels from 0 to {channels - 1}")
         tokens = [channel + 1 for channel in arguments.dead_channels]
         processors.append(StreamLogitsProcessor(0, ForbiddenTokensLogitsProcessor(tokens)))
     if arguments.time_ordered:
@@ -128,7 +132,10 @@ def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generato
             raise ValueError(f"no model for {name} tracks: pass --model or --{name}_model")
         if path in loaded:
             continue
-        config = AutoConfig.from_pretrained(path)
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no model that can be loaded ({str(error).splitlines()[0]})") from None
         if config.model_type != "cmhca_dirc":
             raise ValueError(
                 f"{path}: model type {config.model_type!r} cannot be generated here, expected 'cmhca_dirc'"
@@ -166,7 +173,7 @@ def generate_tracks(
         the columns of the record, in the order of `kinematics`, and the number of tracks drawn again.
 
     Raises:
-        RuntimeError: if a track is still invalid after 50 draws.
+        ValueError: if a track is still invalid after 50 draws.
     """
     import torch
 
@@ -203,7 +210,7 @@ def generate_tracks(
             return {name: [row[name] for row in rows] for name in DIRC_FEATURES}, redrawn
         redrawn += len(missing)
     values = dict(zip(tokenizer.conditioning_names, kinematics[missing[0]]))
-    raise RuntimeError(
+    raise ValueError(
         f"the model made no track of {min_hits} to {max_hits} photons in {MAX_REDRAWS} draws at "
         + ", ".join(f"{name} = {value:g}" for name, value in values.items())
     )
@@ -290,7 +297,12 @@ def check_metadata(folder: Path, arguments: argparse.Namespace):
     options = {k: v for k, v in vars(arguments).items() if k not in ("output", "cpu")}
     path = folder / METADATA
     if path.is_file():
-        stored = json.loads(path.read_text())
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError:
+            stored = None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path}: not the options of an earlier run; choose another --output")
         changed = sorted(name for name in options if stored.get(name) != options[name])
         if changed:
             differences = ", ".join(f"{name} {stored.get(name)!r} -> {options[name]!r}" for name in changed)
@@ -357,8 +369,8 @@ def check_arguments(arguments: argparse.Namespace):
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
     if not 0 < arguments.nucleus_p <= 1:
         raise ValueError(f"--nucleus_p is {arguments.nucleus_p}, expected 0 < p <= 1")
-    if arguments.temperature <= 0:
-        raise ValueError(f"--temperature is {arguments.temperature}, expected > 0")
+    if not 0 < arguments.temperature < float("inf"):
+        raise ValueError(f"--temperature is {arguments.temperature}, expected a finite number > 0")
     if arguments.min_hits > arguments.max_hits:
         raise ValueError(f"--min_hits {arguments.min_hits} is above --max_hits {arguments.max_hits}")
     if arguments.seed < 0:

@@ -792,7 +792,7 @@ def test_extreme_random_numbers_draw_possible_tokens(monkeypatch, uniform):
     """The ends of the unit interval, and exactly on a boundary between tokens."""
     scores = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]))
     monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, uniform, dtype=kwargs["dtype"]))
-    expected = {0.0: 1, 0.25: 3, 0.5: 4, 1 - 2**-53: 4}[uniform]
+    expected = {0.0: 4, 0.25: 4, 0.5: 3, 1 - 2**-53: 1}[uniform]
     assert sample_from_scores(scores).tolist() == [expected, 3]
 
 
