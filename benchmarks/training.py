@@ -23,7 +23,10 @@ def random_batch(config, batch_size: int, length: int, hits: torch.Tensor | None
     generator = torch.Generator().manual_seed(seed)
     slots = config.num_conditioning_tokens
     ids = torch.stack(
-        [torch.randint(1, size - 3, (batch_size, slots + length), generator=generator) for size in config.stream_vocab_sizes],
+        [
+            torch.randint(1, size - 3, (batch_size, slots + length), generator=generator)
+            for size in config.stream_vocab_sizes
+        ],
         dim=-1,
     )
     ids[:, : slots + 1] = 0
@@ -98,7 +101,9 @@ def benchmark_cmhca_dirc(arguments: argparse.Namespace) -> dict:
     hits = torch.poisson(torch.full((arguments.batch,), 69.0), generator=torch.Generator().manual_seed(1)).long()
     cases = {"all positions photons": None, "69 photons on average": hits.clamp(6, arguments.length - 2)}
     print(f"CMHCA-DIRC, {model.num_parameters():,} parameters, batch {arguments.batch} x {arguments.length} tokens")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {arguments.repeats} alternating steps")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of {arguments.repeats} alternating steps"
+    )
     print(f"{'batch':<24}{'reference s':>12}{'ours s':>9}{'ratio':>7}{'reference MiB':>15}{'ours MiB':>10}")
     result = {}
     for name, hits_of_case in cases.items():

@@ -78,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--output", type=Path, help="write the report to this .json or .csv file")
     files.add_argument("--max-tracks", type=_positive, help="read at most this many tracks of every file")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--dll", action="store_true", help="log-likelihood difference of the real tracks at fixed points"
-    )
+    mode.add_argument("--dll", action="store_true", help="log-likelihood difference of the real tracks at fixed points")
     mode.add_argument("--logits", metavar="FILE", help="classifier scores with the columns P, Theta, PDG and logit")
     distances = parser.add_argument_group("distances")
     distances.add_argument("--splits", type=_positive, default=3, help="splits of the real tracks for the floor (3)")
@@ -95,9 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
                      "the rest is support; otherwise the first ones")  # fmt: skip
     dll.add_argument("--cut", type=float, default=DEFAULT_CUT,
                      help=f"kernel cut in widths ({DEFAULT_CUT:g}); 0 sums every pair")  # fmt: skip
-    dll.add_argument(
-        "--scores-output", type=Path, help="write P, Theta, PDG and dll of every test track (.csv, .json)"
-    )
+    dll.add_argument("--scores-output", type=Path, help="write P, Theta, PDG and dll of every test track (.csv, .json)")
     bins = parser.add_argument_group("separation tables")
     bins.add_argument("--momentum-bins", type=_edges, metavar="A,B,..", help="edges in GeV/c (default: fixed points)")
     bins.add_argument("--theta-bins", type=_edges, metavar="A,B,..", help="edges in deg (default: fixed points)")
@@ -193,9 +189,7 @@ def read_scores(path: str) -> dict[str, np.ndarray]:
     }.items():
         found = [choice for choice in choices if choice in names]
         if not found:
-            raise ValueError(
-                f"{file}: column {' or '.join(map(repr, choices))} is missing (found: {', '.join(names)})"
-            )
+            raise ValueError(f"{file}: column {' or '.join(map(repr, choices))} is missing (found: {', '.join(names)})")
         try:
             columns[name] = np.asarray(table.column(found[0]).to_pylist(), dtype=np.float64)
         except (TypeError, ValueError):

@@ -95,9 +95,7 @@ class _Plotter:
 
     def _select(self, tracks: DircTracks) -> DircTracks:
         args = self.args
-        return tracks.at(
-            self._window(args.momentum, args.momentum_window), self._window(args.theta, args.theta_window)
-        )
+        return tracks.at(self._window(args.momentum, args.momentum_window), self._window(args.theta, args.theta_window))
 
     def _path(self, name: str) -> Path:
         path = self.args.output / f"{name}.{self.args.format}"

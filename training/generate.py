@@ -345,18 +345,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=752022, help="default 752022")
     parser.add_argument("--batch_size", type=int, default=64, help="tracks per call of generate() (default 64)")
     parser.add_argument("--format", choices=["parquet", "pickle"], default="parquet", help="pickle: FM4DIRC's lists")
-    parser.add_argument(
-        "--min_hits", type=int, default=5, help="tracks with fewer photons are drawn again (default 5)"
-    )
+    parser.add_argument("--min_hits", type=int, default=5, help="tracks with fewer photons are drawn again (default 5)")
     parser.add_argument("--max_hits", type=int, default=250, help="likewise with more (default 250)")
     parser.add_argument("--time_ordered", action="store_true", help="forbid photons earlier than the one before")
     parser.add_argument(
         "--dead_channels", type=int, nargs="+", default=[], help="channels (pmtID * 256 + pixelID) to mask"
     )
     parser.add_argument("--allow_special_tokens", action="store_true", help="let SOS and pad be drawn, as published")
-    parser.add_argument(
-        "--bin_centres", action="store_true", help="times at bin centres instead of uniform in the bin"
-    )
+    parser.add_argument("--bin_centres", action="store_true", help="times at bin centres instead of uniform in the bin")
     parser.add_argument("--legacy_times", action="store_true", help="decode times one bin late, as published")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")

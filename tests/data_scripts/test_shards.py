@@ -8,9 +8,7 @@ from datasets import Array2D, Features, List, Value, load_dataset
 from hepzoo.data_scripts.dirc_schema import DIRC_FEATURES, DIRC_NOISE_FEATURES, columns_to_records
 from hepzoo.data_scripts.shards import ShardWriter
 
-FEATURES = Features(
-    {"P": Value("float32"), "n": Value("int16"), "t": List(Value("float32")), "c": List(Value("int8"))}
-)
+FEATURES = Features({"P": Value("float32"), "n": Value("int16"), "t": List(Value("float32")), "c": List(Value("int8"))})
 
 
 def make_columns(count, seed=0, start=0):
@@ -64,9 +62,7 @@ def test_features_of_the_records_round_trip(tmp_path):
 
 
 def test_other_feature_types_are_written(tmp_path):
-    features = Features(
-        {"name": Value("string"), "image": Array2D((2, 3), "float32"), "v": List(List(Value("int32")))}
-    )
+    features = Features({"name": Value("string"), "image": Array2D((2, 3), "float32"), "v": List(List(Value("int32")))})
     rows = [{"name": f"e{i}", "image": np.full((2, 3), i), "v": [[i], [i, i]]} for i in range(5)]
     with ShardWriter(tmp_path, features, rows_per_shard=2) as writer:
         writer.write(rows[:3])

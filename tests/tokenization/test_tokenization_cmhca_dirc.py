@@ -490,9 +490,7 @@ def test_every_bin_survives_decoding_and_encoding(tokenizer):
             centres = tokenizer.tokens_to_times(bins)
             assert np.abs(times - centres).max() <= 0.0125 + 1e-5 and (times - centres).std() > 0.006
     late = CMHCADircTokenizer(legacy_time_decoding=True)
-    np.testing.assert_allclose(
-        late.tokens_to_times(bins[:-1]), tokenizer.tokens_to_times(bins[:-1]) + 0.025, atol=1e-9
-    )
+    np.testing.assert_allclose(late.tokens_to_times(bins[:-1]), tokenizer.tokens_to_times(bins[:-1]) + 0.025, atol=1e-9)
     assert late.tokens_to_times(5920) == 157.0
     assert late.batch_decode(ids)["leadTime"][0].max() == 157.0
 
