@@ -17,8 +17,8 @@ from torch import nn
 
 def random_batch(config, batch_size: int, length: int, hits: torch.Tensor | None, seed: int) -> dict:
     """
-    Tracks of `length` tokens from SOS. With `hits` (one number per track) the rest is padding, as in real data; without,
-    every position holds a photon.
+    Tracks of `length` tokens from SOS. With `hits` (one number per track) the rest is padding, as in real data;
+    without, every position holds a photon.
     """
     generator = torch.Generator().manual_seed(seed)
     slots = config.num_conditioning_tokens

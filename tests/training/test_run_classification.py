@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, common_flags, history, launch, make_tracks, write_tracks
 from transformers import EvalPrediction
 
 import hepzoo
 from hepzoo.training.data import InputError
 from hepzoo.training.run_classification import classification_metrics, main, rejection_at_efficiency
+from tests.training_runs import TINY, common_flags, history, launch, make_tracks, write_tracks
 
 FLAGS = ["--do_train", "--per_device_train_batch_size", "16", "--learning_rate", "3e-3"]
 SCRATCH = ["--model_type", "cmhca_dirc", "--config_overrides", f"{TINY},embedding_initializer_range=0.1"]

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, common_flags, history, launch, make_tracks, write_tracks
 
 import hepzoo
 from hepzoo.training.callbacks import LossMonitor
 from hepzoo.training.data import InputError
 from hepzoo.training.run_clm import main
+from tests.training_runs import TINY, common_flags, history, launch, make_tracks, write_tracks
 
 SMALL = ["--model_type", "cmhca_dirc", "--config_overrides", TINY, "--learning_rate", "0.01", "--do_train"]
 SMALL += ["--per_device_train_batch_size", "8", "--lr_scheduler_type", "constant"]
@@ -47,7 +47,7 @@ def test_accelerate_launch_trains_saves_and_loads(data, tmp_path):
     # untrained: ln 6147 + ln 5923
     assert losses[1] == pytest.approx(math.log(6147) + math.log(5923), abs=1.0)
     assert losses[32] < 0.7 * losses[1]
-    space, time = history(output, "loss_0"), history(output, "loss_1")
+    space, time = history(output, "loss_space"), history(output, "loss_time")
     assert all(losses[step] == pytest.approx(space[step] + time[step], rel=1e-4) for step in losses)
 
     metrics = json.loads((output / "all_results.json").read_text())
@@ -56,7 +56,7 @@ def test_accelerate_launch_trains_saves_and_loads(data, tmp_path):
     assert metrics["train_tokens_per_second"] > 0
     assert metrics["eval_loss"] < 0.7 * losses[1]
     assert metrics["eval_perplexity"] == pytest.approx(
-        metrics["eval_perplexity_0"] * metrics["eval_perplexity_1"], rel=1e-4
+        metrics["eval_perplexity_space"] * metrics["eval_perplexity_time"], rel=1e-4
     )
 
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -70,7 +70,7 @@ def test_accelerate_launch_trains_saves_and_loads(data, tmp_path):
     with torch.no_grad():
         loss = model(**batch, labels=labels).loss.item()
     # Trainer averages over batches, this is the average over hits
-    assert metrics["eval_loss_0"] + metrics["eval_loss_1"] == pytest.approx(loss, rel=1e-4)
+    assert metrics["eval_loss_space"] + metrics["eval_loss_time"] == pytest.approx(loss, rel=1e-4)
     card = (output / "README.md").read_text()
     assert "library_name: transformers" in card and "run_clm.py" in card and "/tmp" not in card
 
@@ -83,9 +83,9 @@ def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):
     one = train(data, tmp_path / "one", *flags, "--per_device_train_batch_size", "8")
     two = history(tmp_path / "two")
     assert two == pytest.approx(one, rel=1e-4)
-    assert history(tmp_path / "two", "loss_1") == pytest.approx(history(tmp_path / "one", "loss_1"), rel=1e-4)
+    assert history(tmp_path / "two", "loss_time") == pytest.approx(history(tmp_path / "one", "loss_time"), rel=1e-4)
     results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
-    assert results[0]["eval_loss_0"] == pytest.approx(results[1]["eval_loss_0"], rel=1e-4)
+    assert results[0]["eval_loss_space"] == pytest.approx(results[1]["eval_loss_space"], rel=1e-4)
 
 
 def test_two_processes_stream_uneven_shards_and_resume(data, tmp_path):

@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, common_flags, history, make_tracks, write_tracks
 from transformers import EvalPrediction
 
 import hepzoo
 from hepzoo.training.callbacks import SetCollatorEpoch
 from hepzoo.training.data import DarkNoise, DarkNoiseCollator, InputError
 from hepzoo.training.run_token_classification import filter_metrics, main
+from tests.training_runs import TINY, common_flags, history, make_tracks, write_tracks
 
 SCRATCH = ["--model_type", "cmhca_dirc", "--config_overrides", f"{TINY},embedding_initializer_range=0.1"]
 FLAGS = ["--do_train", "--per_device_train_batch_size", "16", "--learning_rate", "3e-3"]
