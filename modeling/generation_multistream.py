@@ -196,10 +196,11 @@ def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
-    return _draw(scores.softmax(dim=-1))
+    return _draw(scores.softmax(dim=-1))[0]
 
 
-def _draw(probs: torch.Tensor) -> torch.Tensor:
+def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids, (batch,), and the cumulative distribution, whose memory the caller may use."""
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     if not (total > 0).all():
@@ -207,7 +208,7 @@ def _draw(probs: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
     # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
     uniform = (1 - torch.rand(total.shape, dtype=torch.float64, device=probs.device)) * total
-    return torch.searchsorted(cumulative, uniform.to(total.dtype)).squeeze(-1)
+    return torch.searchsorted(cumulative, uniform.to(total.dtype)).squeeze(-1), cumulative
 
 
 def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> torch.Tensor:
@@ -220,10 +221,10 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
     gives the nucleus' distribution.
     """
     probs = scores.softmax(dim=-1)
-    ids = _draw(probs)
+    ids, scratch = _draw(probs)
     drawn = probs.gather(-1, ids.unsqueeze(-1))
     # the comparison as numbers, not booleans: then both operations are vectorised, an eighth of the time of a mask
-    is_rarer = torch.lt(probs, drawn, out=torch.empty_like(probs))
+    is_rarer = torch.lt(probs, drawn, out=scratch)
     tail = torch.linalg.vecdot(is_rarer, probs).unsqueeze(-1) + drawn
     # far above the rounding of the sums
     is_doubtful = tail <= 1 - nucleus.top_p + 1e-4

@@ -795,16 +795,16 @@ class CMHCADircDecoder:
         if index == 0:
             query = attention.q_proj(layer.time_norm(time_states)).view(batch_size, 1, *heads)
             states = torch.cat([query, states], dim=1)
-        scaling = attention.head_dim**-0.5
         query_key, value = states[:, :2], states[:, 2]
+        scaling = attention.head_dim**-0.5
         if attention.qk_norm:
             query_key = normalize(query_key)
-            query, key = query_key[:, 0] * attention.logit_scale, query_key[:, 1]
-            scaling = 1.0
-        else:
-            query, key = query_key.unbind(1)
+            scaling = attention.logit_scale
+        query, key = query_key[:, 0] * scaling, query_key[:, 1]
         keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
-        output = nn.functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values, scale=scaling)
+        # for one query two small products are faster than the fused kernel
+        weights = torch.matmul(query.unsqueeze(2), keys.transpose(2, 3)).softmax(dim=-1)
+        output = torch.matmul(weights, values)
         return attention.o_proj(output.view(batch_size, 1, size))
 
 
