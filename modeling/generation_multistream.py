@@ -440,13 +440,14 @@ class MultiStreamGenerationMixin(GenerationMixin):
         """
         cache = model_kwargs.get("past_key_values")
         position_ids = model_kwargs.get("position_ids")
+        attention_mask = model_kwargs.get("attention_mask")
         expected = torch.arange(input_ids.shape[1], device=input_ids.device)
         return (
             hasattr(self, "make_decoder")
             and self.config._attn_implementation == "sdpa"
             and type(cache) is DynamicCache
             and all(type(layer) is GrowingLayer for layer in cache.layers)
-            and model_kwargs.get("attention_mask") is None
+            and (attention_mask is None or bool((attention_mask == 1).all()))
             and (position_ids is None or bool((position_ids == expected).all()))
             and not (generation_config.output_attentions or generation_config.output_hidden_states)
             and not hasattr(self, "hf_device_map")

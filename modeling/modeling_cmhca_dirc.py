@@ -671,8 +671,9 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             # the conditioning slots are in the cache
             kwargs["kinematics"] = None
         if context_length is not None:
-            if attention_mask is not None:
+            if attention_mask is not None and not (attention_mask == 1).all():
                 raise ValueError("`context_length` needs prompts without padding")
+            attention_mask = None
             slots = self.config.num_conditioning_tokens
             if input_ids.shape[1] - slots > context_length:
                 input_ids = torch.cat([input_ids[:, :slots], input_ids[:, -context_length:]], dim=1)
