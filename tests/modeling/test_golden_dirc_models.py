@@ -1,5 +1,7 @@
 """CMHCA-DIRC models against the reference, through `hepzoo convert` and `from_pretrained`."""
 
+import re
+
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper
@@ -107,10 +109,12 @@ def compare_generator(golden: GoldenSet, tmp_path, attn_implementation: str):
     for stream, name in enumerate(("space", "time")):
         golden.compare(f"logits_{name}", outputs.logits[stream])
 
-    with torch.no_grad():
-        short = model(**model_inputs(golden, model, length=7, mask=False))
-    for stream, name in enumerate(("space", "time")):
-        golden.compare(f"nomask7_logits_{name}", short.logits[stream])
+    for output in golden.names("nomask"):
+        # e.g. nomask7_logits_space: the first 7 tokens, no padding mask
+        length, stream = re.fullmatch(r"nomask(\d+)_logits_(space|time)", output).groups()
+        with torch.no_grad():
+            short = model(**model_inputs(golden, model, length=int(length), mask=False))
+        golden.compare(output, short.logits[("space", "time").index(stream)])
 
     full = model_inputs(golden, model)
     labels = next_token_labels(full, model)
@@ -141,17 +145,25 @@ def compare_generator(golden: GoldenSet, tmp_path, attn_implementation: str):
     # the labels of ordinary use, shifted by the model, give the same loss
     golden.compare("loss_space", model(**full, labels=labels).stream_losses[0])
 
-    for name, kwargs in (("greedy", {}), ("greedy_ctx5", {"context_length": 5})):
-        expected = [golden.expected(f"{name}_{stream}_tokens") for stream in ("space", "time")]
-        # the reference ran to max_seq_len unless all tracks had ended
-        steps = max(golden.outputs[f"{key}_space_tokens"].shape[1] for key in ("greedy", "greedy_ctx5")) - 1
-        variants = [{"use_cache": True}, {"use_cache": False}] if not kwargs else [{}]
-        if not kwargs:
-            variants.append({"cache_implementation": "static", "disable_compile": True})
+    # greedy_space_tokens, and greedy_ctx5_space_tokens with a context window of 5
+    runs = [name.removesuffix("_space_tokens") for name in golden.names("greedy") if name.endswith("_space_tokens")]
+    assert "greedy" in runs
+    # the reference ran to max_seq_len unless all tracks had ended
+    steps = max(golden.outputs[f"{run}_space_tokens"].shape[1] for run in runs) - 1
+    for run in runs:
+        expected = [golden.expected(f"{run}_{stream}_tokens") for stream in ("space", "time")]
+        if run == "greedy":
+            variants = [
+                {"use_cache": True},
+                {"use_cache": False},
+                {"cache_implementation": "static", "disable_compile": True},
+            ]
+        else:
+            variants = [{"context_length": int(run.removeprefix("greedy_ctx"))}]
         for variant in variants:
-            ids = generate_greedily(golden, model, steps, **kwargs, **variant)
+            ids = generate_greedily(golden, model, steps, **variant)
             for stream in range(2):
-                assert torch.equal(ids[..., stream], expected[stream]), f"{name} stream {stream} {variant}"
+                assert torch.equal(ids[..., stream], expected[stream]), f"{run} stream {stream} {variant}"
     return model
 
 
