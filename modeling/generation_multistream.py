@@ -240,9 +240,16 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
 class MultiStreamLogitsProcessorList:
     """One standard `LogitsProcessorList` per stream, after the joint processors."""
 
-    def __init__(self, joint: list[JointLogitsProcessor], streams: list[LogitsProcessorList], draw_nucleus: bool):
+    def __init__(
+        self,
+        joint: list[JointLogitsProcessor],
+        streams: list[LogitsProcessorList],
+        eos_token_ids: torch.Tensor | None,
+        draw_nucleus: bool,
+    ):
         self.joint = joint
         self.streams = streams
+        self.eos_token_ids = eos_token_ids
         # a nucleus cut at the very end need not be made if only the draw from it is wanted
         self.nuclei: list[NucleusLogitsWarper | None] = [
             processors.pop() if draw_nucleus and processors and type(processors[-1]) is NucleusLogitsWarper else None
@@ -374,7 +381,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
             streams.append(LogitsProcessorList(_faster_nucleus(processor) for processor in built))
         wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         return MultiStreamLogitsProcessorList(
-            joint, streams, draw_nucleus=generation_config.do_sample and not wants_scores
+            joint, streams, eos_token_ids, draw_nucleus=generation_config.do_sample and not wants_scores
         )
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, stopping_criteria=None, **kwargs):
@@ -427,7 +434,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
             next_tokens = logits_processor.draw(step_scores)
         else:
             next_tokens = torch.stack([scores.argmax(dim=-1) for scores in step_scores], dim=-1)
-        eos_token_ids = self._stream_eos_token_ids(generation_config)
+        eos_token_ids = logits_processor.eos_token_ids
         if eos_token_ids is not None and self.stream_eos_mode == "any":
             ended = (next_tokens == eos_token_ids).any(dim=-1, keepdim=True)
             next_tokens = torch.where(ended, eos_token_ids, next_tokens)
