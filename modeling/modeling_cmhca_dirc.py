@@ -832,12 +832,28 @@ def load_balance_loss(
     return sum(((target - probs).square().sum(-1) * valid).sum() for probs in router_probs) / valid.sum()
 
 
-class CMHCADircEncoderMixin:
+class CMHCADircEncoder(CMHCADircPreTrainedModel):
     """
-    Classifier and noise filter: bidirectional attention, dense MLPs, and `from_pretrained` of a generator.
+    What the classifier and the noise filter share: bidirectional attention, dense MLPs, a linear head, and
+    `from_pretrained` of a generator.
 
     A generator with experts is turned into a dense model by averaging all its experts (arXiv:2505.08736).
     """
+
+    use_cls_token: bool
+
+    def __init__(self, config: CMHCADircConfig):
+        config = copy.deepcopy(config)
+        config.use_cls_token = self.use_cls_token
+        config.is_causal = False
+        config.use_cache = False
+        check_dense(config, type(self).__name__)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CMHCADircModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, **kwargs):
@@ -877,21 +893,10 @@ def average_experts(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return dense
 
 
-class CMHCADircForSequenceClassification(CMHCADircEncoderMixin, CMHCADircPreTrainedModel):
+class CMHCADircForSequenceClassification(CMHCADircEncoder):
     """Particle identification: one logit per track, positive for kaons, read from the cls token."""
 
-    def __init__(self, config: CMHCADircConfig):
-        config = copy.deepcopy(config)
-        config.use_cls_token = True
-        config.is_causal = False
-        config.use_cache = False
-        check_dense(config, type(self).__name__)
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = CMHCADircModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    use_cls_token = True
 
     @can_return_tuple
     def forward(
@@ -935,21 +940,10 @@ class CMHCADircForSequenceClassification(CMHCADircEncoderMixin, CMHCADircPreTrai
         )
 
 
-class CMHCADircForTokenClassification(CMHCADircEncoderMixin, CMHCADircPreTrainedModel):
+class CMHCADircForTokenClassification(CMHCADircEncoder):
     """Noise filter: one logit per hit, positive for dark noise."""
 
-    def __init__(self, config: CMHCADircConfig):
-        config = copy.deepcopy(config)
-        config.use_cls_token = False
-        config.is_causal = False
-        config.use_cache = False
-        check_dense(config, type(self).__name__)
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = CMHCADircModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    use_cls_token = False
 
     @can_return_tuple
     def forward(
