@@ -228,24 +228,25 @@ class CMHCADircMLP(nn.Module):
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
 
+def own_experts(class_ids: torch.LongTensor, num_experts: int, num_classes: int) -> torch.BoolTensor:
+    """(batch,) class ids to (batch, num_experts): which experts serve the class."""
+    expert_classes = torch.arange(num_experts, device=class_ids.device) // (num_experts // num_classes)
+    return class_ids.unsqueeze(-1) == expert_classes
+
+
 class CMHCADircMoE(nn.Module):
     """Mixture of experts routed by particle class: a track only sees the experts of its own class."""
 
     def __init__(self, config: CMHCADircConfig):
         super().__init__()
-        self.experts_per_class = config.num_experts // config.num_classes
+        self.num_classes = config.num_classes
         self.router = nn.Linear(config.hidden_size, config.num_experts)
         self.experts = nn.ModuleList(CMHCADircMLP(config) for _ in range(config.num_experts))
-
-    def own_experts(self, class_ids: torch.LongTensor) -> torch.BoolTensor:
-        """(batch,) class ids to (batch, num_experts): which experts serve the class."""
-        expert_classes = torch.arange(len(self.experts), device=class_ids.device) // self.experts_per_class
-        return class_ids.unsqueeze(-1) == expert_classes
 
     def forward(
         self, hidden_states: torch.Tensor, class_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.FloatTensor]:
-        own = self.own_experts(class_ids)
+        own = own_experts(class_ids, len(self.experts), self.num_classes)
         router_logits = self.router(hidden_states).float()
         router_probs = router_logits.masked_fill(~own.unsqueeze(1), -torch.inf).softmax(dim=-1)
         output = torch.zeros_like(hidden_states)
@@ -824,9 +825,8 @@ def load_balance_loss(
         class_ids: (batch,). attention_mask: (batch, length) or `None`.
     """
     batch_size, length, num_experts = router_probs[0].shape
-    per_class = num_experts // num_classes
-    expert_classes = torch.arange(num_experts, device=class_ids.device) // per_class
-    target = (class_ids.unsqueeze(-1) == expert_classes).float().div(per_class).unsqueeze(1)
+    own = own_experts(class_ids, num_experts, num_classes)
+    target = own.float().div(num_experts // num_classes).unsqueeze(1)
     valid = torch.ones(batch_size, length, device=class_ids.device) if attention_mask is None else attention_mask
     valid = valid.to(target.dtype)
     return sum(((target - probs).square().sum(-1) * valid).sum() for probs in router_probs) / valid.sum()

@@ -474,6 +474,11 @@ class PhysicsTrainer(Trainer):
         Path(args.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
+def binary_scores(logits: np.ndarray) -> np.ndarray:
+    """(..., 1 or 2) logits to one number each, positive for class 1: the logit, or log p(1) - log p(0)."""
+    return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
+
+
 def write_parquet(columns: dict[str, Any], path: Path) -> Path:
     """Writes columns (arrays or lists, one entry per row) to `path`, whole or not at all."""
     import pyarrow as pa

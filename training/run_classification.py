@@ -17,6 +17,7 @@ import hepzoo  # noqa: F401 - registers the families
 from hepzoo.training.common import (
     ModelArguments,
     PhysicsTrainer,
+    binary_scores,
     describe_data,
     find_last_checkpoint,
     finish,
@@ -74,11 +75,6 @@ def build_parser() -> transformers.HfArgumentParser:
     )
 
 
-def class_scores(logits: np.ndarray) -> np.ndarray:
-    """One number per track, positive for class 1: the logit, or log p(1) - log p(0) of two logits."""
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-
 def rejection_at_efficiency(scores: np.ndarray, labels: np.ndarray, efficiency: float) -> float:
     """
     Share of class 0 that is rejected by the cut which keeps at least `efficiency` of class 1, TN / (TN + FP).
@@ -98,7 +94,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if logits.shape[1] > 2:
         return {"accuracy": float(np.mean(logits.argmax(axis=1) == labels))}
-    scores = class_scores(logits)
+    scores = binary_scores(logits)
     metrics = {"accuracy": float(np.mean((scores > 0) == labels))}
     if len(np.unique(labels)) < 2:
         logger.warning("all tracks are of one class: no area under the curve")
@@ -182,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             if output.label_ids is not None:
                 columns["label"] = output.label_ids
             logits = output.predictions
-            columns["logit"] = class_scores(logits) if logits.shape[1] <= 2 else list(logits)
+            columns["logit"] = binary_scores(logits) if logits.shape[1] <= 2 else list(logits)
             path = write_parquet(columns, Path(training_args.output_dir, "predictions.parquet"))
             logger.info(f"{len(logits)} predictions in {path}")
     finish(trainer, training_args)

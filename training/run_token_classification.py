@@ -20,6 +20,7 @@ from hepzoo.training.callbacks import SetCollatorEpoch
 from hepzoo.training.common import (
     ModelArguments,
     PhysicsTrainer,
+    binary_scores,
     describe_data,
     find_last_checkpoint,
     finish,
@@ -85,11 +86,6 @@ def build_parser() -> transformers.HfArgumentParser:
     )
 
 
-def hit_scores(logits: np.ndarray) -> np.ndarray:
-    """(..., 1 or 2) logits to one number per hit, positive for noise."""
-    return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-
-
 def filter_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """
     Over all hits: area under the ROC curve, average precision, and at probability 0.5 precision, recall (= noise
@@ -99,7 +95,7 @@ def filter_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     labels = np.asarray(prediction.label_ids)
     is_hit = labels != -100
-    scores, labels = hit_scores(np.asarray(prediction.predictions))[is_hit], labels[is_hit]
+    scores, labels = binary_scores(np.asarray(prediction.predictions))[is_hit], labels[is_hit]
     called = scores > 0
     metrics = {"accuracy": float(np.mean(called == labels)), "noise_fraction": float(labels.mean())}
     if len(np.unique(labels)) < 2:
@@ -246,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.log_metrics("test", output.metrics)
         trainer.save_metrics("test", output.metrics)
         if trainer.is_world_process_zero():
-            scores = logits_per_record(records, hit_scores(output.predictions), output.label_ids)
+            scores = logits_per_record(records, binary_scores(output.predictions), output.label_ids)
             columns = {name: records[name] for name in records.column_names}
             path = write_parquet(
                 {**columns, "noise_logit": scores}, Path(training_args.output_dir, "predictions.parquet")
