@@ -11,21 +11,32 @@ Time ids:  0 SOS, 1..B time bins,     `time_vocab_size - 2` EOS,  `time_vocab_si
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
 
+from .batching import (
+    IGNORE_INDEX,
+    as_tensors,
+    check_integer,
+    check_side,
+    flatten_floats,
+    flatten_ids,
+    pad_features,
+    pad_rows,
+    padding_strategy,
+    round_up,
+    split_rows,
+)
+from .delay_pattern import delay_streams, undelay_streams
 from .geometry_dirc import DircGeometry
 from .records_dirc import HIT_FIELDS, list_column, pdg_column, rows_to_columns, scalar_column, short_repr, to_numpy
 
 logger = logging.get_logger(__name__)
-
-IGNORE_INDEX = -100
 
 
 class _Problem:
@@ -64,6 +75,8 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         legacy_time_sentinels (`bool`): in regression mode mark EOS and padding in `times` by the ids of the time
             vocabulary (5921.0 and 5922.0) as FM4DIRC does. Default: 0.
         model_max_length (`int`): longest sequence counted from SOS to EOS, conditioning slots excluded.
+        stream_delays: positions by which the space and the time stream stand behind their place. With (0, 1) a model
+            predicts the time of a hit knowing its pixel; `__call__` then gives `labels` too, see there.
     """
 
     model_input_names = ["input_ids", "attention_mask", "kinematics", "class_ids"]
@@ -84,6 +97,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         legacy_time_decoding: bool = False,
         legacy_time_sentinels: bool = False,
         model_max_length: int = 250,
+        stream_delays: Sequence[int] = (0, 0),
         **kwargs,
     ):
         if isinstance(geometry, DircGeometry):
@@ -128,6 +142,11 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         self.time_encoding = time_encoding
         self.legacy_time_decoding = bool(legacy_time_decoding)
         self.legacy_time_sentinels = bool(legacy_time_sentinels)
+        self.stream_delays = [check_integer("stream_delays", value, 0) for value in stream_delays]
+        if len(self.stream_delays) != 2 or any(self.stream_delays) and time_encoding == "regression":
+            raise ValueError(
+                f"stream_delays must be the delays of space and time, 0 in regression mode, got {list(stream_delays)}"
+            )
         self.dropped: Counter = Counter()
 
         kwargs.update(bos_token="<sos>", eos_token="<eos>", pad_token="<pad>")
@@ -145,6 +164,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
             legacy_time_decoding=self.legacy_time_decoding,
             legacy_time_sentinels=self.legacy_time_sentinels,
             model_max_length=model_max_length,
+            stream_delays=self.stream_delays,
             **kwargs,
         )
 
@@ -205,6 +225,14 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
     def num_streams(self) -> int:
         """Size of the last axis of `input_ids`: 2, or 1 in regression mode."""
         return 2 if self.time_encoding == "categorical" else 1
+
+    @property
+    def stream_names(self) -> list[str]:
+        return ["space", "time"][: self.num_streams]
+
+    @property
+    def stream_vocab_sizes(self) -> list[int]:
+        return [self.space_vocab_size, self.time_vocab_size][: self.num_streams]
 
     @property
     def num_conditioning_tokens(self) -> int:
@@ -346,7 +374,9 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
               `times` float32 (length,) scaled to [0, 1] in regression mode;
             - `attention_mask` int64 (length,);
             - `kinematics` float32 (conditioning quantities,) in physical units;
-            - `class_ids` int64 (0 pion, 1 kaon by default).
+            - `class_ids` int64 (0 pion, 1 kaon by default);
+            - with `stream_delays`, `labels` int64 (length, 2): the ids of the hits and the first EOS of each stream,
+              -100 elsewhere.
             Batches are lists of arrays, or stacked arrays if padded; one record gives its arrays without batch axis
             unless `return_tensors` is set.
 
@@ -358,11 +388,14 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"unknown argument {name!r}")
         if on_invalid not in ("error", "drop_hits", "drop_tracks"):
             raise ValueError(f"on_invalid must be 'error', 'drop_hits' or 'drop_tracks', got {on_invalid!r}")
-        strategy = _padding_strategy(padding)
+        strategy = padding_strategy(padding)
         truncate = truncation not in (False, None, "do_not_truncate")
         limit = self.model_max_length if max_length is None else int(max_length)
-        if limit < 3:
-            raise ValueError(f"max_length must be at least 3 (SOS, one hit, EOS), got {max_length}")
+        shortest = 3 + max(self.stream_delays)
+        if limit < shortest:
+            raise ValueError(f"max_length must be at least {shortest} (SOS, one hit, EOS), got {max_length}")
+        if return_hit_labels and any(self.stream_delays):
+            raise ValueError("return_hit_labels needs stream_delays 0: with delays, labels are the next tokens")
 
         columns, count, single = rows_to_columns(rows)
         hits = self._read_hits(columns, count, on_invalid, check_nhits, return_class_ids, return_hit_labels)
@@ -378,7 +411,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         if return_row_index:
             data["row_index"] = hits["row_index"]
         if return_tensors is not None:
-            return _as_tensors(data, return_tensors)
+            return as_tensors(data, return_tensors)
         if single:
             data = {name: values[0] for name, values in data.items()}
         elif strategy is None:
@@ -575,14 +608,16 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
     def _limit_hits(self, hits: dict, limit: int, truncate: bool, on_invalid: str):
         """Applies the maximum length in place: hits are in time order, so the latest go."""
         lengths = hits["lengths"]
-        long = lengths + 2 > limit
+        # SOS, EOS and what the latest stream stands behind.
+        extra = 2 + max(self.stream_delays)
+        long = lengths + extra > limit
         if not long.any():
             return
         if truncate:
             rank = np.arange(len(hits["owner"])) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            select = rank < limit - 2
+            select = rank < limit - extra
             hits["reasons"]["hit:truncated"] += int((~select).sum())
-            hits["lengths"] = np.minimum(lengths, limit - 2)
+            hits["lengths"] = np.minimum(lengths, limit - extra)
         elif on_invalid == "drop_tracks":
             select = ~long[hits["owner"]]
             hits["reasons"]["track:too_many_hits"] += int(long.sum())
@@ -593,7 +628,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         else:
             i = int(np.argmax(long))
             raise ValueError(
-                f"row {hits['row_index'][i]}: {lengths[i]} hits with SOS and EOS are {lengths[i] + 2} tokens; "
+                f"row {hits['row_index'][i]}: {lengths[i]} hits with SOS and EOS are {lengths[i] + extra} tokens; "
                 f"expected at most {limit} (truncation=True keeps the earliest)"
             )
         for name in ("owner", "times", "tokens", "noise"):
@@ -607,51 +642,42 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
 
     def _build(self, hits: dict, strategy: str | None, limit: int, multiple: int | None, side: str) -> dict:
         """Writes all tracks into one array, cut into views where the output is ragged."""
-        if side not in ("right", "left"):
-            raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
-        sizes, slots = hits["lengths"], self.num_conditioning_tokens
-        totals = sizes + slots + 2
-        count = len(sizes)
-        if strategy is None:
-            starts = np.cumsum(totals) - totals
-            size, shape = int(totals.sum()), None
-        else:
-            width = limit + slots if strategy == "max_length" else int(totals.max(initial=0))
-            width = _round_up(width, multiple)
-            starts = np.arange(count) * width + (width - totals if side == "left" else 0)
-            size, shape = count * width, (count, width)
-        first = np.cumsum(sizes) - sizes
-        positions = np.arange(len(hits["tokens"])) + (starts + self.prefix_length - first)[hits["owner"]]
-        prefix = (starts[:, None] + np.arange(self.prefix_length)).ravel()
-        ends = starts + totals - 1
-
-        ids = np.empty((size, self.num_streams), dtype=np.int64)
-        mask = np.zeros(size, dtype=np.int64)
-        ids[:, 0] = self.space_pad_token_id
-        ids[positions, 0] = hits["tokens"]
-        ids[ends, 0] = self.space_eos_token_id
-        mask[positions] = mask[prefix] = mask[ends] = 1
-        flat = {"input_ids": ids, "attention_mask": mask}
+        check_side(side)
+        lengths, slots = hits["lengths"], self.num_conditioning_tokens
+        tokens = hits["tokens"][:, None]
         if self.time_encoding == "categorical":
-            ids[:, 1] = self.time_pad_token_id
             # The drifted last edge can lie below time_max by rounding; such a time belongs to the last bin.
-            ids[positions, 1] = np.clip(self.times_to_tokens(hits["times"]), 1, self.num_time_bins)
-            ids[ends, 1] = self.time_eos_token_id
-        else:
-            times = np.full(size, self._time_sentinel("pad"), dtype=np.float32)
-            times[positions] = (hits["times"] - self.time_min) / (self.time_max - self.time_min)
-            times[prefix] = 0.0
-            times[ends] = self._time_sentinel("eos")
-            flat["times"] = times
-        ids[prefix] = 0
+            times = np.clip(self.times_to_tokens(hits["times"]), 1, self.num_time_bins)
+            tokens = np.stack([hits["tokens"], times], axis=-1)
+        eos = [self.space_eos_token_id, self.time_eos_token_id][: self.num_streams]
+        ids, totals = delay_streams(tokens, lengths, self.stream_delays[: self.num_streams], 0, eos, slots, num_end=1)
+        flat = {"input_ids": ids, "attention_mask": np.ones(len(ids), dtype=np.int64)}
+        fills = {"input_ids": self._pad_ids, "attention_mask": 0, "times": self._time_sentinel("pad")}
+        if self.time_encoding == "regression":
+            times = (hits["times"] - self.time_min) / (self.time_max - self.time_min)
+            times = times.astype(np.float32)[:, None]
+            end = self._time_sentinel("eos")
+            flat["times"] = delay_streams(times, lengths, [0], 0.0, end, slots, num_end=1)[0][:, 0]
         if hits["noise"] is not None:
-            labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
-            labels[positions] = hits["noise"]
-            flat["labels"] = labels
-        if shape is not None:
-            return {name: array.reshape(*shape, *array.shape[1:]) for name, array in flat.items()}
-        bounds = list(zip(starts.tolist(), (starts + totals).tolist(), strict=True))
-        return {name: [array[a:b] for a, b in bounds] for name, array in flat.items()}
+            noise = hits["noise"][:, None]
+            flat["labels"] = delay_streams(noise, lengths, [0], IGNORE_INDEX, IGNORE_INDEX, slots, num_end=1)[0][:, 0]
+        elif any(self.stream_delays):
+            # Hits and the first EOS are targets, what only fills the pattern is not.
+            targets = np.insert(tokens, np.cumsum(lengths), eos, axis=0)
+            flat["labels"], _ = delay_streams(
+                targets, lengths + 1, self.stream_delays, IGNORE_INDEX, IGNORE_INDEX, slots
+            )
+        if strategy is None:
+            return {name: split_rows(values, totals) for name, values in flat.items()}
+        width = limit + slots if strategy == "max_length" else int(totals.max(initial=0))
+        width = round_up(width, multiple)
+        return {
+            name: pad_rows(values, totals, width, side, fills.get(name, IGNORE_INDEX)) for name, values in flat.items()
+        }
+
+    @property
+    def _pad_ids(self) -> list[int]:
+        return [self.space_pad_token_id, self.time_pad_token_id][: self.num_streams]
 
     def _time_sentinel(self, kind: str) -> float:
         if not self.legacy_time_sentinels:
@@ -690,67 +716,18 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: a feature is missing, of the wrong shape, or longer than `max_length`.
         """
-        if isinstance(encoded_inputs, Mapping):
-            names = list(encoded_inputs)
-            batch = {name: list(encoded_inputs[name]) for name in names}
-        else:
-            features = list(encoded_inputs)
-            names = list(features[0]) if features else []
-            for index, feature in enumerate(features):
-                if set(feature) != set(names):
-                    odd = sorted(map(str, set(feature) ^ set(names)))[0]
-                    raise ValueError(f"feature {index}: key {odd} is not in all features of the batch")
-            batch = {name: [feature[name] for feature in features] for name in names}
-        if "input_ids" not in batch:
-            raise ValueError(f"pad: input_ids is missing; the features have {', '.join(map(str, names)) or 'none'}")
-        strategy = _padding_strategy(padding)
-        side = padding_side or self.padding_side
-        if side not in ("right", "left"):
-            raise ValueError(f"padding_side must be 'right' or 'left', got {side!r}")
-
-        ids = []
-        for index, value in enumerate(batch["input_ids"]):
-            array = to_numpy(value)
-            if array.ndim == 1 and self.num_streams == 1:
-                array = array[:, None]
-            if array.ndim != 2 or array.shape[1] != self.num_streams or array.dtype.kind not in "iu":
-                raise ValueError(
-                    f"feature {index}: input_ids must be integers of shape (length, {self.num_streams}), "
-                    f"got {array.dtype} {array.shape}"
-                )
-            ids.append(array)
-        lengths = [len(array) for array in ids]
-        width = max(lengths, default=0)
-        if strategy == "max_length":
-            limit = self.model_max_length if max_length is None else int(max_length)
-            limit += self.num_conditioning_tokens
-            if width > limit:
-                index = int(np.argmax(np.asarray(lengths) > limit))
-                raise ValueError(
-                    f"feature {index}: {lengths[index]} positions, slots included; expected at most {limit}"
-                )
-            width = limit
-        elif strategy is None and len(set(lengths)) > 1:
-            raise ValueError(f"padding=False needs equal lengths, got {min(lengths)} to {max(lengths)}")
-        width = _round_up(width, pad_to_multiple_of if strategy else None)
-
-        pads = [self.space_pad_token_id, self.time_pad_token_id][: self.num_streams]
-        data = {"input_ids": _stack_padded(ids, lengths, width, side, pads, np.int64, "input_ids")}
-        if return_attention_mask is not False:
-            masks = batch.get("attention_mask") or [array[:, 0] != self.space_pad_token_id for array in ids]
-            data["attention_mask"] = _stack_padded(masks, lengths, width, side, 0, np.int64, "attention_mask")
-        for name in names:
-            if name in ("input_ids", "attention_mask"):
-                continue
-            values = batch[name]
-            if name == "times":
-                pad = self._time_sentinel("pad")
-                data[name] = _stack_padded(values, lengths, width, side, pad, np.float32, name)
-            elif name == "labels" and values and np.ndim(values[0]) > 0:
-                data[name] = _stack_padded(values, lengths, width, side, IGNORE_INDEX, np.int64, name)
-            else:
-                data[name] = _stack(values, name)
-        return _as_tensors(data, return_tensors) if return_tensors is not None else BatchEncoding(data)
+        limit = self.model_max_length if max_length is None else int(max_length)
+        return pad_features(
+            encoded_inputs,
+            pad_ids=self._pad_ids,
+            float_fills={"times": self._time_sentinel("pad")},
+            strategy=padding_strategy(padding),
+            max_positions=limit + self.num_conditioning_tokens,
+            side=padding_side or self.padding_side,
+            multiple=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
 
     # --- decoding ----------------------------------------------------------------------------------------------------
 
@@ -793,9 +770,13 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: shapes disagree, or an id is outside its vocabulary.
         """
-        flat, lengths = self._flatten_ids(sequences)
+        flat, lengths = flatten_ids(sequences, self.stream_vocab_sizes, self.stream_names)
         count = len(lengths)
         owner = np.repeat(np.arange(count), lengths)
+        if any(self.stream_delays):
+            ordinary = (flat >= 1) & (flat <= [self.num_space_tokens, self.num_time_bins])
+            flat, complete = undelay_streams(flat, lengths, self.stream_delays, ordinary)
+            flat[~complete] = 0
         space = flat[:, 0]
         hit = (space >= 1) & (space <= self.num_space_tokens)
         if self.time_encoding == "categorical":
@@ -805,9 +786,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         else:
             if times is None:
                 raise ValueError("time_encoding='regression' needs times, one scaled time per position")
-            scaled, time_lengths = _concatenate(times, count, "times")
-            if not np.array_equal(time_lengths, lengths):
-                raise ValueError("times and ids differ in length; expected one time per position")
+            scaled = flatten_floats(times, lengths, "times")
             if not np.isfinite(scaled[hit]).all():
                 row = owner[hit][~np.isfinite(scaled[hit])][0]
                 raise ValueError(f"row {row}: times has a value that is not finite")
@@ -832,8 +811,6 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         numbers = numbers[keep]
         columns = self._track_columns(kinematics, pdg, class_ids, count, row_index)
         columns["NHits"] = numbers.astype(np.int32)
-        ends = np.cumsum(numbers)
-        bounds = list(zip((ends - numbers).tolist(), ends.tolist(), strict=True))
         for name, values, dtype in (
             ("pmtID", pmt, np.int16),
             ("pixelID", pixel, np.int16),
@@ -842,8 +819,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
             ("x", x, np.float32),
             ("y", y, np.float32),
         ):
-            values = values.astype(dtype)
-            columns[name] = [values[a:b] for a, b in bounds]
+            columns[name] = split_rows(values.astype(dtype), numbers)
         columns["row_index"] = row_index
         return columns
 
@@ -869,41 +845,6 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         return {
             name: values[0].item() if isinstance(values, np.ndarray) else values[0] for name, values in columns.items()
         }
-
-    def _flatten_ids(self, sequences: Any) -> tuple[np.ndarray, np.ndarray]:
-        if hasattr(sequences, "detach") or isinstance(sequences, np.ndarray) and sequences.dtype != object:
-            sequences = to_numpy(sequences)
-            if sequences.ndim == 2 and self.num_streams == 1:
-                sequences = sequences[..., None]
-            if sequences.ndim != 3:
-                raise ValueError(
-                    f"ids must have shape (batch, length, {self.num_streams}), got {tuple(sequences.shape)}"
-                )
-        arrays = []
-        for index, row in enumerate(sequences):
-            array = to_numpy(row)
-            if array.ndim == 1 and self.num_streams == 1:
-                array = array[:, None]
-            if array.size == 0:
-                array = np.zeros((0, self.num_streams), dtype=np.int64)
-            if array.ndim != 2 or array.shape[1] != self.num_streams or array.dtype.kind not in "iu":
-                raise ValueError(
-                    f"row {index}: ids must be integers of shape (length, {self.num_streams}), "
-                    f"got {array.dtype} {array.shape}"
-                )
-            arrays.append(array)
-        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
-        flat = np.concatenate(arrays) if arrays else np.zeros((0, self.num_streams), dtype=np.int64)
-        flat = flat.astype(np.int64, copy=False)
-        sizes = (self.space_vocab_size, self.time_vocab_size)[: self.num_streams]
-        # -100 marks ignored positions of labels.
-        bad = ((flat < 0) | (flat >= np.asarray(sizes))) & (flat != IGNORE_INDEX)
-        if bad.any():
-            where, stream = np.argwhere(bad)[0]
-            row = int(np.searchsorted(np.cumsum(lengths), where, side="right"))
-            name = ("space", "time")[stream]
-            raise ValueError(f"row {row}: {name} id {flat[where, stream]} is outside 0..{sizes[stream] - 1}")
-        return flat, lengths
 
     def _fit_float32(self, times: np.ndarray, legacy: bool) -> np.ndarray:
         """float32 times that stay inside the half-open range in spite of rounding."""
@@ -947,24 +888,6 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _padding_strategy(padding: bool | str | None) -> str | None:
-    if padding is True or padding == "longest":
-        return "longest"
-    if padding == "max_length":
-        return "max_length"
-    if padding is False or padding is None or padding == "do_not_pad":
-        return None
-    raise ValueError(f"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', got {padding!r}")
-
-
-def _round_up(width: int, multiple: int | None) -> int:
-    if multiple is None:
-        return width
-    if isinstance(multiple, bool) or not isinstance(multiple, Integral) or multiple < 1:
-        raise ValueError(f"pad_to_multiple_of must be a positive integer, got {multiple!r}")
-    return -(-width // int(multiple)) * int(multiple)
-
-
 def _time_order(times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Stable order by time within each track. One short sort per track is five times as fast as one lexsort."""
     order = np.empty(len(times), dtype=np.int64)
@@ -972,68 +895,6 @@ def _time_order(times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
         order[start:end] = times[start:end].argsort(kind="stable") + start
     return order
-
-
-def _stack_padded(values, lengths, width, side, fill, dtype, name) -> np.ndarray:
-    """Stacks per-position arrays of the given lengths; trailing axes as in the first one."""
-    arrays = [to_numpy(value) for value in values]
-    tail = arrays[0].shape[1:] if arrays else ()
-    result = np.empty((len(arrays), width, *tail), dtype=dtype)
-    result[...] = fill
-    for index, (array, length) in enumerate(zip(arrays, lengths, strict=True)):
-        if array.shape != (length, *tail):
-            raise ValueError(
-                f"feature {index}: {name} has shape {array.shape}, expected {(length, *tail)} as input_ids"
-            )
-        if side == "left":
-            result[index, width - length :] = array
-        else:
-            result[index, :length] = array
-    return result
-
-
-def _stack(values: Sequence, name: str) -> Any:
-    """Stacks one value per track: numbers become int64 or float32, anything else stays a list."""
-    if not values or isinstance(values[0], (str, bytes)) or values[0] is None:
-        return list(values)
-    arrays = [to_numpy(value) for value in values]
-    for index, array in enumerate(arrays):
-        if array.shape != arrays[0].shape:
-            raise ValueError(
-                f"feature {index}: {name} has shape {array.shape}, expected {arrays[0].shape} as the first"
-            )
-    stacked = np.stack(arrays)
-    if stacked.dtype.kind == "f":
-        return stacked.astype(np.float32, copy=False)
-    return stacked.astype(np.int64, copy=False) if stacked.dtype.kind in "iu" else stacked
-
-
-def _concatenate(values: Any, count: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    arrays = [to_numpy(value).astype(np.float64) for value in values]
-    if len(arrays) != count or any(array.ndim != 1 for array in arrays):
-        raise ValueError(f"{name} must have shape (batch, length) with batch {count}")
-    lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=count)
-    return (np.concatenate(arrays) if arrays else np.empty(0)), lengths
-
-
-def _as_tensors(data: dict[str, Any], return_tensors: Any) -> BatchEncoding:
-    kind = str(getattr(return_tensors, "value", return_tensors))
-    if kind not in ("np", "pt"):
-        raise ValueError(f"return_tensors must be 'np' or 'pt', got {return_tensors!r}")
-    result = {}
-    for name, values in data.items():
-        if isinstance(values, list):
-            if values and not isinstance(values[0], (np.ndarray, Number)):
-                raise ValueError(f"{name} cannot become a tensor, got {short_repr(values[0])}")
-            if len({np.shape(value) for value in values}) > 1:
-                raise ValueError(f"{name}: tracks differ in length; set padding=True to get tensors")
-            values = np.stack(values) if values else np.zeros(0, dtype=np.int64)
-        if kind == "pt":
-            import torch
-
-            values = torch.from_numpy(np.ascontiguousarray(values))
-        result[name] = values
-    return BatchEncoding(result)
 
 
 # `save_pretrained` then writes this code beside the settings, so that they load anywhere with `trust_remote_code=True`
