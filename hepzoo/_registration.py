@@ -57,6 +57,12 @@ FAMILIES = (
         ),
         tokenizer="CMHCADircTokenizer",
     ),
+    Family(
+        model_type="spade",
+        config="SpadeConfig",
+        models=(("AutoModel", "SpadeModel"), ("AutoModelForCausalLM", "SpadeForCausalLM")),
+        tokenizer="SpadeTokenizer",
+    ),
 )
 
 
@@ -86,6 +92,7 @@ _REGISTRATIONS = [
         ("tokenization_auto", family.tokenization_module),
     )
 ]
+OUR_MODULES = {module for _, _, module in _REGISTRATIONS}
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -126,10 +133,17 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         return spec
 
     def register(self, imported: str):
-        """Do the registrations that `imported`, an Auto module or one of ours, was missing for."""
+        """
+        Do the registrations that `imported`, an Auto module or one of ours, was missing for.
+
+        While one of ours is being executed, modules that it and its siblings need may be incomplete: then everything
+        waits for its end.
+        """
+        if self.executing & OUR_MODULES:
+            return
         for auto, family, module in _REGISTRATIONS:
-            complete = auto in sys.modules and not {auto, module} & self.executing
-            if imported in (auto, module) and complete:
+            is_due = imported in (auto, module) or imported in OUR_MODULES
+            if is_due and auto in sys.modules and auto not in self.executing:
                 _register(auto, family)
 
 

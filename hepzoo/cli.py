@@ -5,27 +5,46 @@ import sys
 
 import hepzoo
 
-# subcommand -> (what it does, {kind of data: module with main(argv)}); no kind: the module takes all arguments
+# subcommand -> (what it does, {kind of data: module with main(argv)}); no kind: the module takes all arguments.
+# `generate` takes the first kind if none is given.
 COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
-    "simulate": ("simulate detector data with the embedded simulators", {"dirc": "hepzoo.data_scripts.simulate_dirc"}),
-    "generate": ("generate physics data with a trained model", "hepzoo.training.generate"),
+    "simulate": (
+        "simulate detector data with the embedded simulators",
+        {"dirc": "hepzoo.data_scripts.simulate_dirc", "showers": "hepzoo.data_scripts.simulate_showers"},
+    ),
+    "generate": (
+        "generate physics data with a trained model",
+        {"dirc": "hepzoo.training.generate", "showers": "hepzoo.training.generate_showers"},
+    ),
     "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
     "evaluate": (
         "compare generated with real data, measure separation power",
-        {"dirc": "hepzoo.evaluation.evaluate_dirc"},
+        {"dirc": "hepzoo.evaluation.evaluate_dirc", "showers": "hepzoo.evaluation.evaluate_showers"},
     ),
-    "plot": ("draw hit patterns, spectra, yields and ratios", {"dirc": "hepzoo.evaluation.plot_dirc"}),
-    "convert-data": ("published data sets to sharded Parquet", {"fm4dirc": "hepzoo.data_scripts.convert_fm4dirc"}),
+    "plot": (
+        "draw hit patterns, profiles, spectra, yields and ratios",
+        {"dirc": "hepzoo.evaluation.plot_dirc", "showers": "hepzoo.evaluation.plot_showers"},
+    ),
+    "convert-data": (
+        "published data sets to sharded Parquet",
+        {"fm4dirc": "hepzoo.data_scripts.convert_fm4dirc", "showers": "hepzoo.data_scripts.convert_showers"},
+    ),
 }
 
 EXAMPLES = """\
 examples:
   hepzoo simulate dirc --output data/dirc --n_tracks 10000 --method MixPiK --momentum 1-10 --theta 25-160
+  hepzoo simulate showers --output data/showers --n_showers 10000 --energy 10-100
   hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
+  hepzoo generate showers --model spade --n_showers 1000 --energy 10-100 --output generated
   hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
+  hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade
   hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
+  hepzoo convert-data showers gamma-fullG4.hdf5 --output data/showers
   hepzoo evaluate dirc --real data/dirc --generated generated
+  hepzoo evaluate showers --real data/validation.parquet --generated generated
   hepzoo plot dirc --real data/dirc --generated generated --output plots
+  hepzoo plot showers --real data/validation.parquet --generated generated --output plots
 
 `hepzoo COMMAND --help` shows the options and examples of a command."""
 
@@ -59,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(line for line in EXAMPLES.splitlines() if f"hepzoo {command} " in line))
             print(f"\n`hepzoo {command} {next(iter(target))} --help` shows the options.")
             return 0 if rest else 2
+        if command == "generate" and rest[0].startswith("-"):
+            rest = [next(iter(target)), *rest]
         kind, *rest = rest
         if kind not in target:
             return fail(f"{command}: unknown kind {kind!r}, expected one of {kinds}")

@@ -19,6 +19,7 @@ examples:
   hepzoo convert cmhca_dirc --checkpoint MoE_FourExperts_Weights.pth --config CA_config.json --output moe_generator
   hepzoo convert cmhca_dirc --checkpoint tests/golden/dirc_dense/state_dict.safetensors \\
       --config tests/golden/dirc_dense/config.json --output dense
+  hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade_x1
 """
 
 
@@ -122,17 +123,13 @@ def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any,
     tokenizer; the tokenizer is `None` if the checkpoint's vocabulary is not that of the hpDIRC plane.
     """
     from hepzoo.modeling import modeling_cmhca_dirc
-    from hepzoo.modeling.conversion_cmhca_dirc import (
-        architecture_of,
-        convert_config,
-        convert_state_dict,
-        find_number,
-    )
+    from hepzoo.modeling.conversion_cmhca_dirc import KEY_PATTERNS, architecture_of, convert_config
+    from hepzoo.modeling.conversion_common import convert_state_dict, find_number
     from hepzoo.tokenization.tokenization_cmhca_dirc import CMHCADircTokenizer
 
     reference_config = load_reference_config(config)
     try:
-        state_dict = convert_state_dict(load_checkpoint(checkpoint))
+        state_dict = convert_state_dict(load_checkpoint(checkpoint), KEY_PATTERNS)
         model_config = convert_config(reference_config, state_dict)
         model_class = getattr(modeling_cmhca_dirc, architecture_of(state_dict))
     except ValueError as error:
@@ -167,7 +164,38 @@ def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any,
     return model, tokenizer
 
 
-FAMILIES = {"cmhca_dirc": convert_cmhca_dirc}
+def convert_spade(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
+    """A reference SPADE checkpoint (split or combined) with its YAML configuration to a model and its tokenizer."""
+    from hepzoo.modeling.conversion_common import convert_state_dict
+    from hepzoo.modeling.conversion_spade import (
+        KEY_PATTERNS,
+        convert_config,
+        convert_energy_transform,
+        convert_generation_settings,
+    )
+    from hepzoo.modeling.modeling_spade import SpadeForCausalLM
+    from hepzoo.tokenization.tokenization_spade import SpadeTokenizer
+
+    reference_config = load_reference_config(config)
+    try:
+        state_dict = convert_state_dict(load_checkpoint(checkpoint), KEY_PATTERNS)
+        model_config = convert_config(reference_config, state_dict)
+        generation_settings = convert_generation_settings(reference_config)
+        tokenizer = SpadeTokenizer.from_model_config(
+            model_config,
+            energy_transform=convert_energy_transform(reference_config),
+            legacy_pad_length=model_config.max_num_hits,
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    model = SpadeForCausalLM(model_config).eval()
+    load_strictly(model, state_dict, str(checkpoint))
+    for name, value in generation_settings.items():
+        setattr(model.generation_config, name, value)
+    return model, tokenizer
+
+
+FAMILIES = {"cmhca_dirc": convert_cmhca_dirc, "spade": convert_spade}
 
 
 def build_parser() -> argparse.ArgumentParser:

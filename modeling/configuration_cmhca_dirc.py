@@ -40,6 +40,8 @@ class CMHCADircConfig(PreTrainedConfig):
         classifier_dropout (`float`): dropout before the classification head (0.2 in the GlueX variant).
         focal_loss_alpha (`float`), focal_loss_gamma (`float`): focal loss of the noise filter.
         embedding_initializer_range (`float`): standard deviation of freshly initialised embedding tables.
+        stream_delays (`(int, int)`): delay of the pixel and of the time stream. The published model draws both at once,
+            independent of each other given the past; with (0, 1) the time of a hit is drawn after its pixel.
 
     `num_labels` is 1 by default: one logit, positive for kaons (classifier) or noise (filter).
     """
@@ -71,6 +73,7 @@ class CMHCADircConfig(PreTrainedConfig):
     focal_loss_alpha: float | int = 0.75
     focal_loss_gamma: float | int = 2.0
     embedding_initializer_range: float | int = 1.0
+    stream_delays: list[int] | tuple[int, ...] = (0, 0)
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
@@ -127,6 +130,10 @@ class CMHCADircConfig(PreTrainedConfig):
         for name, limits in zip(self.conditioning_names, self.conditioning_ranges):
             if not isinstance(limits, (list, tuple)) or len(limits) != 2 or not limits[0] < limits[1]:
                 raise ValueError(f"`conditioning_ranges` of {name} is {limits}, expected (min, max) with min < max")
+        if len(self.stream_delays) != 2 or min(self.stream_delays) != 0:
+            raise ValueError(f"`stream_delays` is {list(self.stream_delays)}, expected two delays, the smaller 0")
+        if any(self.stream_delays) and self.time_prediction == "regression":
+            raise ValueError("`stream_delays` need `time_prediction='categorical'`: a regressed time is no stream")
         if self.time_prediction not in ("categorical", "regression"):
             raise ValueError(f"`time_prediction` is {self.time_prediction!r}, expected 'categorical' or 'regression'")
         if self.num_experts % self.num_classes != 0:

@@ -6,6 +6,7 @@ stream. The public `generate()` of transformers stays as it is: the mixin overri
 assumes one vocabulary, and gives every stream its own standard `LogitsProcessorList`.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from transformers.generation import (
 from .growing_cache import GrowingLayer, growing_cache
 
 Scores = tuple[torch.Tensor, ...]
+# index of the end of a row that has not ended
+NEVER = torch.iinfo(torch.int64).max // 2
 
 
 class StreamLogitsProcessor(LogitsProcessor):
@@ -34,7 +37,7 @@ class StreamLogitsProcessor(LogitsProcessor):
     Restricts any standard logits processor to one stream.
 
     Args:
-        stream (`int`): index of the stream (CMHCA-DIRC: 0 space, 1 time).
+        stream (`int`): index of the stream (CMHCA-DIRC: 0 space, 1 time; SPADE: 0 x, 1 y, 2 z).
         processor (`LogitsProcessor`): called with the (batch, length) ids and (batch, vocab) scores of that stream.
     """
 
@@ -52,7 +55,12 @@ class JointLogitsProcessor(LogitsProcessor):
 
     `__call__` gets all ids, (batch, length, streams), and a tuple of scores, one (batch, vocab_k) tensor per stream,
     and returns such a tuple. Joint processors run before the processors of the single streams.
+
+    `generate()` takes rows that have finished out of the batch. A subclass that holds something for every row sets
+    `keeps_rows = True`, and the batch stays as it is.
     """
+
+    keeps_rows = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: Scores) -> Scores:
         raise NotImplementedError(f"{self.__class__.__name__} must implement __call__")
@@ -120,24 +128,29 @@ class ForbiddenTokensLogitsProcessor(LogitsProcessor):
 
 class MonotonicLogitsProcessor(LogitsProcessor):
     """
-    Ordinary ids of the stream never decrease (hits ordered in time).
+    Ordinary ids of the stream never decrease (hits ordered in time, showers layer by layer).
 
     Args:
         first_id, last_id (`int`): the ordered range of ids, both included; other ids (SOS, EOS, pad) stay as they are.
+        group_size (`int`): so many neighbouring ids count as equal (all cells of a layer, where one id is a cell).
     """
 
-    def __init__(self, first_id: int, last_id: int):
+    def __init__(self, first_id: int, last_id: int, group_size: int = 1):
         if not 0 <= first_id <= last_id:
             raise ValueError(f"expected 0 <= first_id <= last_id, got {first_id} and {last_id}")
+        if group_size < 1:
+            raise ValueError(f"`group_size` is {group_size}, expected at least 1")
         self.first_id = first_id
         self.last_id = last_id
+        self.group_size = group_size
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         previous = input_ids[:, -1:]
         ids = torch.arange(scores.shape[-1], device=scores.device)
         ordered = (ids >= self.first_id) & (ids <= self.last_id)
         started = (previous >= self.first_id) & (previous <= self.last_id)
-        return scores.masked_fill(ordered & started & (ids < previous), -torch.inf)
+        lowest = previous - (previous - self.first_id) % self.group_size
+        return scores.masked_fill(ordered & started & (ids < lowest), -torch.inf)
 
 
 class NucleusLogitsWarper(LogitsProcessor):
@@ -305,21 +318,29 @@ class GenerateMultiStreamOutput(GenerateDecoderOnlyOutput):
         sequences (`(batch, length, streams)`): prompt and generated ids.
         scores, logits (tuple over steps of tuples over streams of `(batch, vocab_k)`).
         continuous (dict of `(batch, length, ...)` tensors): values of the continuous streams, if the model has any.
+        num_hits (`(batch,)`): hits of every row, if the streams are delayed against each other.
+        past_key_values: `None` if rows that had finished were taken out of the batch.
     """
 
     continuous: dict[str, torch.Tensor] | None = None
+    num_hits: torch.LongTensor | None = None
 
 
 class MultiStreamGenerationMixin(GenerationMixin):
     """
     `GenerationMixin` for `input_ids` of shape (batch, length, streams).
 
-    A model may define `make_decoder(past_key_values)`, which returns a callable that does what `forward` does for one
-    more position, with less bookkeeping: for a small network that costs more than the arithmetic.
+    A model may define `make_decoder(past_key_values, **model_kwargs)`, which returns a callable that does what
+    `forward` does for one more position, with less bookkeeping: in a small network that costs more than the arithmetic.
 
     The config provides `stream_bos_token_ids`, `stream_eos_token_ids` and `stream_pad_token_ids` (one per stream) and
     `num_conditioning_tokens`, the leading positions that hold continuous conditioning. `forward` returns `logits` as
     a tuple with one tensor per stream.
+
+    Delayed streams: with `config.stream_delays` hit i of a stream with delay d stands at position `1 + d + i` from BOS,
+    so that inside a hit the stream with the smaller delay is drawn first and seen by the others. A stream that has not
+    begun holds its BOS id, one that is ahead at the end its EOS id. `config.max_stream_delay` may be larger than that
+    of the token streams, if a continuous stream comes last.
 
     Differences from the stock behaviour, all of them consequences of several streams:
 
@@ -328,13 +349,17 @@ class MultiStreamGenerationMixin(GenerationMixin):
     * `generation_config.stream_overrides`, e.g. `{"1": {"temperature": 1.1}}`, sets parameters of single streams;
     * `scores` and `logits` of the returned output are tuples (steps) of tuples (streams);
     * a row that ends gets the end-of-sequence id in every stream, then each stream's pad id;
+    * rows that have ended are taken out of the batch from time to time, so that they cost nothing
+      (`generation_config.drop_finished_rows = False` keeps them);
     * greedy search and sampling only.
     """
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
     stream_eos_mode = "any"
-    # inputs of shape (batch, length, ...) that `_choose_next` extends in `model_kwargs` and the output returns
+    # inputs of shape (batch, length, ...) that `_choose_next` gives values for and the output returns
     continuous_streams: tuple[str, ...] = ()
+    # inputs that stopping criteria get as keyword arguments, beside `state`
+    stopping_inputs: tuple[str, ...] = ()
 
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         """Without `input_ids`, every row of the conditioning tensors starts with its slots and one SOS."""
@@ -394,7 +419,9 @@ class MultiStreamGenerationMixin(GenerationMixin):
                 criterion.max_position_embeddings = None
         eos_token_ids = self._stream_eos_token_ids(generation_config)
         if eos_token_ids is not None:
-            criteria.append(MultiStreamEosCriteria(eos_token_ids, self.stream_eos_mode))
+            # the last of delayed streams ends after the others
+            delayed = any(getattr(self.config, "stream_delays", None) or ())
+            criteria.append(MultiStreamEosCriteria(eos_token_ids, "all" if delayed else self.stream_eos_mode))
         return criteria
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -419,26 +446,51 @@ class MultiStreamGenerationMixin(GenerationMixin):
 
     def _choose_next(
         self,
+        input_ids: torch.LongTensor,
         step_scores: Scores,
         logits_processor: MultiStreamLogitsProcessorList,
         outputs,
         generation_config: GenerationConfig,
-        model_kwargs: dict,
-    ) -> tuple[torch.LongTensor, dict]:
+        state: "StreamState",
+    ) -> tuple[torch.LongTensor, dict[str, torch.Tensor]]:
         """
-        Draws the ids of the next position, (batch, streams), from the processed scores of all streams.
-
-        Models with a continuous stream override this, draw their value from `outputs`, and keep it in `model_kwargs`.
+        Draws the next position from the processed scores of all streams: ids (batch, streams), and the next value
+        (batch, ...) of every continuous stream. Models with continuous streams override this.
         """
         if generation_config.do_sample:
             next_tokens = logits_processor.draw(step_scores)
         else:
             next_tokens = torch.stack([scores.argmax(dim=-1) for scores in step_scores], dim=-1)
         eos_token_ids = logits_processor.eos_token_ids
-        if eos_token_ids is not None and self.stream_eos_mode == "any":
+        if state.is_delayed:
+            next_tokens = state.apply_delays(next_tokens, input_ids.shape[1], eos_token_ids)
+        elif eos_token_ids is not None and self.stream_eos_mode == "any":
             ended = (next_tokens == eos_token_ids).any(dim=-1, keepdim=True)
             next_tokens = torch.where(ended, eos_token_ids, next_tokens)
-        return next_tokens, model_kwargs
+        return next_tokens, {}
+
+    def _continuous(self, model_kwargs: dict) -> dict[str, torch.Tensor]:
+        return {name: model_kwargs[name] for name in self.continuous_streams if name in model_kwargs}
+
+    def _finish_sequences(
+        self,
+        sequences: torch.LongTensor,
+        continuous: dict[str, torch.Tensor],
+        generation_config: GenerationConfig,
+        state: "StreamState",
+    ) -> tuple[torch.LongTensor, dict[str, torch.Tensor], torch.LongTensor | None]:
+        """Last touch on what all rows have become; also returns the number of hits of every row, if it is known."""
+        return sequences, continuous, state.num_hits(sequences.shape[1]) if state.is_delayed else None
+
+    def _may_drop_rows(self, logits_processor, stopping_criteria, generation_config, model_kwargs: dict) -> bool:
+        """Whether nothing but the loop itself holds on to the rows of the batch."""
+        cache = model_kwargs.get("past_key_values")
+        processors = [*logits_processor.joint, *(p for processors in logits_processor.streams for p in processors)]
+        return (
+            getattr(generation_config, "drop_finished_rows", True)
+            and (cache is None or (type(cache) is DynamicCache and cache.get_seq_length() == 0))
+            and not any(_keeps_rows(part) for part in [*processors, *stopping_criteria])
+        )
 
     def _decodes_directly(self, input_ids: torch.LongTensor, generation_config, model_kwargs: dict) -> bool:
         """
@@ -477,9 +529,19 @@ class MultiStreamGenerationMixin(GenerationMixin):
             name: () if return_dict and getattr(generation_config, f"output_{name}") else None
             for name in ("scores", "logits", "attentions", "hidden_states")
         }
+        collects = any(value is not None for value in collected.values())
         pad = torch.tensor(self.config.stream_pad_token_ids, device=input_ids.device)
-        has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        unfinished = torch.ones(input_ids.shape[0], 1, dtype=torch.bool, device=input_ids.device)
+        may_drop = streamer is None and not synced_gpus and not collects
+        may_drop = may_drop and self._may_drop_rows(
+            logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        state = StreamState(
+            self.config, input_ids, model_kwargs.get("attention_mask"), model_kwargs.pop("num_hits", None)
+        )
+        num_rows = input_ids.shape[0]
+        rows = torch.arange(num_rows, device=input_ids.device)
+        parts = []  # (rows, ids, continuous streams, state) of the rows that were taken out
+        unfinished = torch.ones(num_rows, 1, dtype=torch.bool, device=input_ids.device)
         all_finished = False
 
         model_forward = (
@@ -489,57 +551,196 @@ class MultiStreamGenerationMixin(GenerationMixin):
         )
         outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         decoder = None
-        if self._decodes_directly(input_ids, generation_config, model_kwargs):
-            decoder = self.make_decoder(model_kwargs["past_key_values"])
+        decodes_directly = self._decodes_directly(input_ids, generation_config, model_kwargs)
 
-        while self._has_unfinished_sequences(all_finished, synced_gpus, device=input_ids.device):
-            if outputs is None and decoder is not None:
-                outputs = decoder(input_ids[:, -1:], **model_kwargs)
-            else:
-                if outputs is None:
-                    model_inputs = self.prepare_inputs_for_generation(
-                        input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-                    )
-                    outputs = model_forward(**model_inputs, return_dict=True)
-                model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
-            if synced_gpus and all_finished:
-                outputs = None
-                continue
+        # the bookkeeping of autograd is a tenth of a step, even under `no_grad`
+        with torch.inference_mode() if decodes_directly and not collects else contextlib.nullcontext():
+            while self._has_unfinished_sequences(all_finished, synced_gpus, device=input_ids.device):
+                if outputs is None and decodes_directly:
+                    if decoder is None:
+                        decoder = self.make_decoder(**model_kwargs)
+                    outputs = decoder(input_ids[:, -1:], **model_kwargs)
+                else:
+                    if outputs is None:
+                        model_inputs = self.prepare_inputs_for_generation(
+                            input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+                        )
+                        outputs = model_forward(**model_inputs, return_dict=True)
+                    model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+                if synced_gpus and all_finished:
+                    outputs = None
+                    continue
 
-            step_logits = tuple(
-                logits[:, -1].to(dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
-            )
-            step_scores = logits_processor(input_ids, step_logits)
-            for name, value in (("scores", step_scores), ("logits", step_logits)):
-                if collected[name] is not None:
-                    collected[name] += (value,)
-            for name in ("attentions", "hidden_states"):
-                if collected[name] is not None:
-                    collected[name] += (getattr(outputs, name),)
+                step_logits = tuple(
+                    logits[:, -1].to(dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
+                )
+                step_scores = logits_processor(input_ids, step_logits)
+                for name, value in (("scores", step_scores), ("logits", step_logits)):
+                    if collected[name] is not None:
+                        collected[name] += (value,)
+                for name in ("attentions", "hidden_states"):
+                    if collected[name] is not None:
+                        collected[name] += (getattr(outputs, name),)
 
-            next_tokens, model_kwargs = self._choose_next(
-                step_scores, logits_processor, outputs, generation_config, model_kwargs
-            )
-            if has_eos:
+                next_tokens, next_values = self._choose_next(
+                    input_ids, step_scores, logits_processor, outputs, generation_config, state
+                )
+                # a row that has finished is filled up
                 next_tokens = torch.where(unfinished, next_tokens, pad)
-            input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(next_tokens.cpu())
-            unfinished = unfinished & ~stopping_criteria(input_ids, collected["scores"]).unsqueeze(-1)
-            all_finished = not bool(unfinished.any())
-            outputs = None
+                input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
+                for name, values in next_values.items():
+                    mask = unfinished.view(-1, *[1] * (values.ndim - 1))
+                    values = torch.where(mask, values, torch.zeros_like(values)).to(model_kwargs[name].dtype)
+                    model_kwargs[name] = torch.cat([model_kwargs[name], values[:, None]], dim=1)
+                if streamer is not None:
+                    streamer.put(next_tokens.cpu())
+                inputs = {name: model_kwargs[name] for name in self.stopping_inputs}
+                stopped = stopping_criteria(input_ids, collected["scores"], state=state, **inputs)
+                unfinished = unfinished & ~stopped.unsqueeze(-1)
+                num_unfinished = int(unfinished.sum())
+                all_finished = num_unfinished == 0
+                outputs = None
+
+                # every time the batch shrinks by a quarter: the copies then cost less than the rows would
+                if may_drop and 0 < num_unfinished <= 0.75 * len(rows):
+                    done = (~unfinished).squeeze(-1)
+                    continuous = self._continuous(model_kwargs)
+                    parts.append((rows[done], input_ids[done], _select(continuous, done), state.select(done)))
+                    keep = unfinished.squeeze(-1)
+                    cache = model_kwargs.get("past_key_values")
+                    if cache is not None:
+                        cache.batch_select_indices(keep.nonzero().squeeze(-1))
+                    model_kwargs = _select(model_kwargs, keep, len(rows))
+                    rows, input_ids, state, unfinished = (
+                        rows[keep],
+                        input_ids[keep],
+                        state.select(keep),
+                        unfinished[keep],
+                    )
+                    decoder = None
 
         if streamer is not None:
             streamer.end()
+        continuous = self._continuous(model_kwargs)
+        past_key_values = model_kwargs.get("past_key_values") if not parts else None
+        if parts:
+            parts.append((rows, input_ids, continuous, state))
+            input_ids, continuous, state = _join(parts, num_rows, pad)
+        input_ids, continuous, num_hits = self._finish_sequences(
+            # clones, because what was made in inference mode cannot be used in training
+            input_ids.clone(),
+            {name: values.clone() for name, values in continuous.items()},
+            generation_config,
+            state,
+        )
         if not return_dict:
             return input_ids
-        continuous = {name: model_kwargs[name] for name in self.continuous_streams if name in model_kwargs}
         return GenerateMultiStreamOutput(
             sequences=input_ids,
-            past_key_values=model_kwargs.get("past_key_values"),
+            past_key_values=past_key_values,
             continuous=continuous or None,
+            num_hits=num_hits,
             **collected,
         )
+
+
+class StreamState:
+    """
+    Where the rows of a batch with delayed streams stand.
+
+    Args:
+        config: with `stream_delays` and what [`MultiStreamGenerationMixin`] needs.
+        input_ids (`(batch, length, streams)`), attention_mask (`(batch, length)`): the prompt; padded on the left.
+        num_hits (`(batch,)`): exact number of hits of every row.
+
+    Attributes:
+        end (`(batch,)`): index of the first hit that will not be produced, `NEVER` as long as it is unknown.
+        pads (`(batch,)`): padded positions in front of the row.
+        votes, is_stopped (`(batch,)`): for a stopping criterion: how often in a row it said stop, whether it set `end`.
+    """
+
+    row_attributes = ("end", "pads", "votes", "is_stopped")
+
+    def __init__(
+        self,
+        config,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        num_hits: torch.LongTensor | None = None,
+    ):
+        self.config = config
+        delays = getattr(config, "stream_delays", None) or (0,) * config.num_streams
+        self.is_delayed = any(delays) or getattr(config, "max_stream_delay", 0) > 0
+        device = input_ids.device
+        self.delays = torch.tensor(delays, device=device)
+        self.max_delay = getattr(config, "max_stream_delay", max(delays))
+        self.begin_ids = torch.tensor(config.stream_bos_token_ids, device=device)
+        self.end_ids = torch.tensor(config.stream_eos_token_ids, device=device)
+        self.end = torch.full(input_ids.shape[:1], NEVER, device=device) if num_hits is None else num_hits.clone()
+        self.votes = torch.zeros_like(self.end)
+        self.is_stopped = torch.zeros_like(self.end, dtype=torch.bool)
+        self.pads = torch.zeros_like(self.end)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            self.pads = (attention_mask == 0).sum(dim=-1)
+
+    def first_hit(self, length: int) -> torch.LongTensor:
+        """Index of the hit that a stream without delay has at position `length`, (batch,)."""
+        return length - 1 - self.config.num_conditioning_tokens - self.pads
+
+    def apply_delays(
+        self, next_tokens: torch.LongTensor, length: int, eos_token_ids: torch.LongTensor | None
+    ) -> torch.LongTensor:
+        """
+        The drawn ids of position `length`, (batch, streams), with BOS ids where a stream has not begun and EOS ids
+        where it is past the last hit; a drawn EOS ends the row at that hit.
+        """
+        hit = self.first_hit(length).unsqueeze(-1) - self.delays
+        if eos_token_ids is not None:
+            ends = torch.where((next_tokens == eos_token_ids) & (hit >= 0), hit, NEVER)
+            self.end = torch.minimum(self.end, ends.amin(dim=-1))
+        next_tokens = torch.where(hit < 0, self.begin_ids, next_tokens)
+        return torch.where(hit >= self.end.unsqueeze(-1), self.end_ids, next_tokens)
+
+    def num_hits(self, length: int) -> torch.LongTensor:
+        """Complete hits of every row of sequences of this length, (batch,)."""
+        return torch.minimum(self.end, self.first_hit(length) - self.max_delay).clamp(min=0)
+
+    def select(self, rows: torch.Tensor) -> "StreamState":
+        selected = copy.copy(self)
+        for name in self.row_attributes:
+            setattr(selected, name, getattr(self, name)[rows])
+        return selected
+
+
+def _select(values: dict, rows: torch.BoolTensor, num_rows: int | None = None) -> dict:
+    """The given rows of all tensors that have one entry per row (a batch of one has no rows to leave out)."""
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and num_rows in (None, value.shape[0]) else value
+        for name, value in values.items()
+    }
+
+
+def _join(parts: list[tuple], num_rows: int, pad: torch.LongTensor) -> tuple[torch.LongTensor, dict, StreamState]:
+    """The rows that were taken out at different lengths, and those that were left, as one batch in the first order."""
+    _, ids, continuous, state = parts[-1]
+    sequences = pad.repeat(num_rows, ids.shape[1], 1)
+    joined = {name: values.new_zeros(num_rows, *values.shape[1:]) for name, values in continuous.items()}
+    order = torch.cat([rows for rows, *_ in parts]).argsort()
+    for rows, part_ids, part_continuous, _ in parts:
+        sequences[rows, : part_ids.shape[1]] = part_ids
+        for name, values in part_continuous.items():
+            joined[name][rows, : values.shape[1]] = values
+    state = copy.copy(state)
+    for name in state.row_attributes:
+        setattr(state, name, torch.cat([getattr(part[-1], name) for part in parts])[order])
+    return sequences, joined, state
+
+
+def _keeps_rows(part) -> bool:
+    """Whether a logits processor or stopping criterion might hold something for every row: one from elsewhere."""
+    inner = getattr(part, "processor", part)
+    package = __name__.rpartition(".")[0]
+    return getattr(inner, "keeps_rows", not type(inner).__module__.startswith(("transformers.", package)))
 
 
 def _faster_nucleus(processor: LogitsProcessor) -> LogitsProcessor:

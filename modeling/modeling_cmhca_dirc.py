@@ -521,6 +521,7 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
         self.generation_config.update(
             do_sample=True, top_k=0, temperature=1.0, top_p=1.0, max_new_tokens=config.max_position_embeddings
         )
+        self.generation_config.drop_finished_rows = True
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.space_head
@@ -613,7 +614,7 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             return (self.space_head(hidden_states), self.time_head(hidden_states)), None
         return (self.space_head(hidden_states),), self.time_head(hidden_states)
 
-    def make_decoder(self, past_key_values: Cache) -> "CMHCADircDecoder":
+    def make_decoder(self, past_key_values: Cache, **kwargs) -> "CMHCADircDecoder":
         return CMHCADircDecoder(self, past_key_values)
 
     def _stream_losses(
@@ -734,33 +735,37 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             model_kwargs["times"] = torch.zeros(input_ids.shape[:2], device=self.device)
         return input_ids
 
-    def _choose_next(self, step_scores, logits_processor, outputs, generation_config, model_kwargs):
-        next_tokens, model_kwargs = super()._choose_next(
-            step_scores, logits_processor, outputs, generation_config, model_kwargs
+    def _choose_next(self, input_ids, step_scores, logits_processor, outputs, generation_config, state):
+        next_tokens, next_values = super()._choose_next(
+            input_ids, step_scores, logits_processor, outputs, generation_config, state
         )
         if self.config.time_prediction == "regression":
-            next_times = outputs.predicted_times[:, -1:].to(model_kwargs["times"].dtype)
-            model_kwargs["times"] = torch.cat([model_kwargs["times"], next_times], dim=1)
-        return next_tokens, model_kwargs
+            next_values["times"] = outputs.predicted_times[:, -1]
+        return next_tokens, next_values
 
 
 class CMHCADircDecoder:
     """
     `CMHCADircForCausalLM.forward` for one more position of an unpadded batch with a cache, written out.
 
-    A step of this network is less work than the calls that make it up: projections that share an input are one here,
-    and masks and attention interfaces are left out. Lives for one call of `generate()`, so merged weights never age.
+    A step of this network is less work than the calls that make it up. So projections that share an input are one
+    here, residuals are added by the matrix product, functions are called instead of modules, and masks and attention
+    interfaces are left out. Lives for one call of `generate()`, so the merged weights never age.
     """
 
     def __init__(self, model: CMHCADircForCausalLM, past_key_values: Cache):
         self.model = model
         self.cache = past_key_values
+        self.norm_shape = (model.config.hidden_size,)
         self.projections = []
+        self.scales = []
         for index, layer in enumerate(model.model.layers):
             attention = layer.attention
             # in block 0 the query comes from the time stream
             query = () if index == 0 else (attention.q_proj.weight,)
-            self.projections.append(torch.cat([*query, attention.k_proj.weight, attention.v_proj.weight]))
+            merged = torch.cat([*query, attention.k_proj.weight, attention.v_proj.weight])
+            self.projections.append(merged.t())
+            self.scales.append(float(attention.logit_scale) if attention.qk_norm else attention.head_dim**-0.5)
 
     def __call__(
         self,
@@ -773,41 +778,51 @@ class CMHCADircDecoder:
         base = self.model.model
         embeddings = base.embeddings
         position = self.cache.get_seq_length() - embeddings.num_conditioning_tokens
-        hidden_states = embeddings.space(input_ids[..., 0]) + embeddings.space_position.weight[position]
+        hidden_states = torch.embedding(embeddings.space.weight, input_ids[:, 0, 0])
+        hidden_states = hidden_states + embeddings.space_position.weight[position]
         if self.model.config.time_prediction == "categorical":
-            time_states = embeddings.time(input_ids[..., 1])
+            time_states = torch.embedding(embeddings.time.weight, input_ids[:, 0, 1])
         else:
-            time_states = embeddings.time(times[:, -1:, None].to(hidden_states.dtype))
+            time_states = embeddings.time(times[:, -1:].to(hidden_states.dtype))
         time_states = time_states + embeddings.time_position.weight[position]
         for index, layer in enumerate(base.layers):
-            hidden_states = hidden_states + self.attend(index, layer, hidden_states, time_states)
-            normed = layer.mlp_norm(hidden_states)
-            mlp_output = layer.mlp(normed, class_ids)[0] if layer.has_experts else layer.mlp(normed)
-            hidden_states = hidden_states + mlp_output
-        logits, predicted_times = self.model._predict(base.norm(hidden_states))
+            hidden_states = self.attend(index, layer, hidden_states, time_states)
+            normed = self.norm(layer.mlp_norm, hidden_states)
+            if layer.has_experts:
+                hidden_states = hidden_states + layer.mlp(normed.unsqueeze(1), class_ids)[0].squeeze(1)
+            else:
+                fc1, fc2 = layer.mlp.fc1, layer.mlp.fc2
+                activated = layer.mlp.act_fn(torch.addmm(fc1.bias, normed, fc1.weight.t()))
+                hidden_states = torch.addmm(hidden_states + fc2.bias, activated, fc2.weight.t())
+        logits, predicted_times = self.model._predict(self.norm(base.norm, hidden_states).unsqueeze(1))
         return CMHCADircCausalLMOutput(logits=logits, predicted_times=predicted_times, past_key_values=self.cache)
 
+    def norm(self, norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(states, self.norm_shape, norm.weight, norm.bias, norm.eps)
+
     def attend(self, index: int, layer: CMHCADircLayer, hidden_states: torch.Tensor, time_states: torch.Tensor):
+        """The residual stream, (batch, hidden_size), after the attention of a block."""
         attention = layer.attention
-        batch_size, _, size = hidden_states.shape
-        heads = (size // attention.head_dim, attention.head_dim)
+        batch_size, size = hidden_states.shape
+        num_heads = size // attention.head_dim
         # (query), key and value of all heads: (batch, 2 or 3, heads, head_dim)
-        states = nn.functional.linear(layer.attention_norm(hidden_states), self.projections[index])
-        states = states.view(batch_size, -1, *heads)
+        states = torch.mm(self.norm(layer.attention_norm, hidden_states), self.projections[index])
         if index == 0:
-            query = attention.q_proj(layer.time_norm(time_states)).view(batch_size, 1, *heads)
+            query = torch.mm(self.norm(layer.time_norm, time_states), attention.q_proj.weight.t())
             states = torch.cat([query, states], dim=1)
+        states = states.view(batch_size, 3, num_heads, attention.head_dim)
         query_key, value = states[:, :2], states[:, 2]
-        scaling = attention.head_dim**-0.5
         if attention.qk_norm:
             query_key = normalize(query_key)
-            scaling = attention.logit_scale
-        query, key = query_key[:, 0] * scaling, query_key[:, 1]
+        query, key = query_key.unbind(1)
         keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
         # for one query two small products are faster than the fused kernel
-        weights = torch.matmul(query.unsqueeze(2), keys.transpose(2, 3)).softmax(dim=-1)
-        output = torch.matmul(weights, values)
-        return attention.o_proj(output.view(batch_size, 1, size))
+        query = query.reshape(-1, 1, attention.head_dim) * self.scales[index]
+        weights = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
+        output = torch.bmm(weights, values.flatten(0, 1)).view(batch_size, size)
+        if attention.o_proj.bias is not None:
+            hidden_states = hidden_states + attention.o_proj.bias
+        return torch.addmm(hidden_states, output, attention.o_proj.weight.t())
 
 
 def load_balance_loss(

@@ -401,7 +401,8 @@ class DataCollatorForCausalPhysics(PaddingCollator):
     Pads and adds `labels` for next-token prediction unless the tokenizer gave them.
 
     Positions in front of the first target (conditioning slots, start of sequence) are counted by
-    `tokenizer.prefix_length`, 1 if the tokenizer has no such attribute.
+    `tokenizer.prefix_length`, 1 if the tokenizer has no such attribute. `tokenizer.untrained_token_ids`, one per
+    stream, are no targets (what a delayed stream holds before and after its hits).
     """
 
     def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -409,6 +410,10 @@ class DataCollatorForCausalPhysics(PaddingCollator):
         if "labels" not in batch:
             prefix_length = getattr(self.tokenizer, "prefix_length", 1)
             batch["labels"] = causal_labels(batch["input_ids"], batch["attention_mask"], prefix_length)
+            untrained = getattr(self.tokenizer, "untrained_token_ids", None)
+            if untrained is not None:
+                is_untrained = batch["input_ids"] == torch.tensor(untrained)
+                batch["labels"] = batch["labels"].masked_fill(is_untrained, IGNORE_INDEX)
         return batch
 
 

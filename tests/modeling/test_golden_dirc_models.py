@@ -7,7 +7,8 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper
 
 from hepzoo.conversion import main as convert
-from hepzoo.modeling.conversion_cmhca_dirc import convert_key
+from hepzoo.modeling.conversion_cmhca_dirc import KEY_PATTERNS
+from hepzoo.modeling.conversion_common import convert_key
 from hepzoo.modeling.generation_multistream import (
     ExponentialTemperatureLogitsProcessor,
     LinearTemperatureLogitsProcessor,
@@ -84,7 +85,7 @@ def compare_streams(golden: GoldenSet, model, inputs: dict):
 def compare_gradients(golden: GoldenSet, model):
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name in golden.names("grad."):
-        golden.compare(name, gradients.pop(convert_key(name.removeprefix("grad."))))
+        golden.compare(name, gradients.pop(convert_key(name.removeprefix("grad."), KEY_PATTERNS)))
     assert not gradients, f"parameters without a reference gradient: {', '.join(gradients)}"
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
     golden.compare("grad_norm_total", norm)

@@ -165,6 +165,7 @@ def test_config_has_exactly_the_documented_keys():
         *("hidden_act", "attention_dropout", "qk_norm", "layer_norm_eps", "conditioning_names", "conditioning_ranges"),
         *("time_prediction", "num_experts", "num_classes", "router_aux_loss_coef", "is_causal", "use_cls_token"),
         *("classifier_dropout", "focal_loss_alpha", "focal_loss_gamma", "embedding_initializer_range", "use_cache"),
+        "stream_delays",
         *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
     }
     assert own <= set(CMHCADircConfig.__annotations__) | {"tie_word_embeddings"}
