@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ class LossMonitor(TrainerCallback):
     """
     Adds to the logs of `Trainer`: the loss of each token stream, validation perplexities, and the training speed.
 
-    A multi-stream model returns `stream_losses`, a tuple of scalars that sum to its loss and that are divided, like
-    its loss, by the number of targets per stream. Logged are `loss_<stream>` in training, `eval_loss_<stream>` and
-    `eval_perplexity_<stream>` in validation (averages over all targets), and `eval_perplexity`, that of all streams
-    together, that is per hit. Streams are named by `config.stream_names`, else numbered.
+    A multi-stream model returns `stream_losses`, a tuple of scalars that are divided, like its loss, by the number of
+    targets per stream. Logged are `loss_<stream>` in training, `eval_loss_<stream>` and `eval_perplexity_<stream>` in
+    validation (averages over all targets), and `eval_perplexity`, that of all streams together, that is per hit.
+    Streams are named by `config.stream_names`, else numbered. Other parts of the loss that the model returns as
+    `<part>_loss` (energy, stop, load balance) are logged as `loss_<part>` and `eval_loss_<part>`.
 
     `tokens_per_second()` counts positions that are not padding, on all ranks.
     """
@@ -30,12 +32,12 @@ class LossMonitor(TrainerCallback):
         self._reset_validation()
 
     def _reset_training(self):
-        self.train_sums: list[Any] | None = None
+        self.train_sums: dict[str, Any] = {}
         self.train_step = 0
 
     def _reset_validation(self):
-        self.eval_sums: list[Any] | None = None
-        self.eval_targets: list[Any] | None = None
+        self.eval_sums: dict[str, Any] = {}
+        self.eval_targets: dict[str, Any] = {}
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.model = model
@@ -59,45 +61,54 @@ class LossMonitor(TrainerCallback):
         if model.training:
             mask = kwargs.get("attention_mask")
             self.tokens += mask.sum() if mask is not None else labels.shape[0] * labels.shape[1]
-        losses = output.get("stream_losses") if hasattr(output, "get") else None
-        if losses is None:
-            return
-        losses = [loss.detach().float() for loss in losses]
+        losses = self._parts(output)
         if model.training:
             # the micro-batches of a step add up, because all are divided by the number of targets of the step
-            old = self.train_sums or [0.0] * len(losses)
-            self.train_sums = [total + loss for total, loss in zip(old, losses, strict=True)]
+            for name, loss in losses.items():
+                self.train_sums[name] = self.train_sums.get(name, 0.0) + loss
             return
-        targets = [(labels[..., stream] != -100).sum() for stream in range(labels.shape[-1])]
-        targets = (targets * len(losses))[: len(losses)]
         items = kwargs.get("num_items_in_batch")
-        divisors = targets if items is None else [items / labels.shape[-1]] * len(losses)
-        old = self.eval_sums or [0.0] * len(losses)
-        self.eval_sums = [total + loss * divisor for total, loss, divisor in zip(old, losses, divisors, strict=True)]
-        old = self.eval_targets or [0] * len(losses)
-        self.eval_targets = [total + number for total, number in zip(old, targets, strict=True)]
+        num_streams = labels.shape[-1]
+        for index, (name, loss) in enumerate(losses.items()):
+            # parts that are no stream have as many targets as a stream
+            targets = (labels[..., min(index, num_streams - 1)] != -100).sum()
+            divisor = targets if items is None else items / num_streams
+            self.eval_sums[name] = self.eval_sums.get(name, 0.0) + loss * divisor
+            self.eval_targets[name] = self.eval_targets.get(name, 0) + targets
+
+    def _parts(self, output) -> dict[str, torch.Tensor]:
+        """The losses of the streams, then the other parts of the loss, by name."""
+        if not hasattr(output, "get") or output.get("stream_losses") is None:
+            return {}
+        parts = {self._name(stream): loss for stream, loss in enumerate(output["stream_losses"])}
+        others = {name.removesuffix("_loss"): loss for name, loss in output.items() if name.endswith("_loss")}
+        return {name: loss.detach().float() for name, loss in {**parts, **others}.items()}
 
     def _name(self, stream: int) -> str:
         return self.stream_names[stream] if stream < len(self.stream_names) else str(stream)
+
+    def _stream_keys(self) -> set[str]:
+        return {*self.stream_names, *(name for name in self.eval_sums if name.isdigit())}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None:
             return
         extra = {}
-        if "loss" in logs and self.train_sums is not None:
+        if "loss" in logs and self.train_sums:
             steps = max(state.global_step - self.train_step, 1)
-            sums = _sum_over_ranks(self.train_sums)
-            extra = {f"loss_{self._name(stream)}": total / steps for stream, total in enumerate(sums)}
+            sums = _sum_over_ranks(self.train_sums.values())
+            extra = {f"loss_{name}": total / steps for name, total in zip(self.train_sums, sums, strict=True)}
             self._reset_training()
             self.train_step = state.global_step
         elif "eval_loss" in logs:
-            if self.eval_sums is not None:
-                sums, targets = _sum_over_ranks(self.eval_sums), _sum_over_ranks(self.eval_targets)
-                means = [total / max(number, 1) for total, number in zip(sums, targets, strict=True)]
-                for stream, mean in enumerate(means):
-                    extra[f"eval_loss_{self._name(stream)}"] = mean
-                    extra[f"eval_perplexity_{self._name(stream)}"] = _exp(mean)
-                extra["eval_perplexity"] = _exp(sum(means))
+            if self.eval_sums:
+                sums = _sum_over_ranks(self.eval_sums.values())
+                targets = _sum_over_ranks(self.eval_targets.values())
+                means = dict(zip(self.eval_sums, (s / max(n, 1) for s, n in zip(sums, targets)), strict=True))
+                extra = {f"eval_loss_{name}": mean for name, mean in means.items()}
+                of_streams = {name: mean for name, mean in means.items() if name in self._stream_keys()}
+                extra.update({f"eval_perplexity_{name}": _exp(mean) for name, mean in of_streams.items()})
+                extra["eval_perplexity"] = _exp(sum(of_streams.values()))
                 self._reset_validation()
             else:
                 extra["eval_perplexity"] = _exp(logs["eval_loss"])
@@ -123,7 +134,7 @@ class SetCollatorEpoch(TrainerCallback):
         self.collator.set_epoch(int(state.epoch or 0))
 
 
-def _sum_over_ranks(values: list[Any]) -> list[float]:
+def _sum_over_ranks(values: Iterable[Any]) -> list[float]:
     values = [torch.as_tensor(value, dtype=torch.float64) for value in values]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value.item() for value in values]
