@@ -8,7 +8,6 @@ same for any number of processes, and a restarted run makes only the dumps that 
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hepzoo.training.generation_common import check_at_least, load_config, make_missing_files, parse_range
 
 EXAMPLES = """\
 examples:
@@ -28,7 +29,6 @@ examples:
 MOMENTUM_LIMITS = (1.0, 10.0)
 THETA_LIMITS = (25.0, 160.0)
 MAX_REDRAWS = 50
-METADATA = "generation.json"
 
 
 @dataclass
@@ -38,21 +38,6 @@ class Generator:
     model: Any
     tokenizer: Any
     generate_kwargs: dict[str, Any]
-
-
-def parse_range(text: str, name: str, limits: tuple[float, float]) -> tuple[float, float]:
-    """`"6"` or `"1-10"` to (low, high) within the limits of the detector."""
-    parts = text.split("-")
-    try:
-        values = [float(part) for part in parts]
-    except ValueError:
-        values = []
-    if len(values) not in (1, 2):
-        raise ValueError(f"--{name} {text!r}: expected a number such as 6 or a range such as 1-10")
-    low, high = values[0], values[-1]
-    if not limits[0] <= low <= high <= limits[1]:
-        raise ValueError(f"--{name} {text!r}: expected {limits[0]:g} <= low <= high <= {limits[1]:g}")
-    return low, high
 
 
 def species_of(method: str, indices: np.ndarray) -> np.ndarray:
@@ -118,9 +103,7 @@ def sampling_kwargs(arguments: argparse.Namespace, model) -> dict[str, Any]:
 def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generator]:
     """PDG code to generator. A model with experts serves both species, a dense one the species it was trained on."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    import hepzoo  # noqa: F401  registers the families
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted = {"Pion": [211], "Kaon": [321], "MixPiK": [211, 321]}[arguments.method]
     paths = {211: arguments.pion_model or arguments.model, 321: arguments.kaon_model or arguments.model}
@@ -132,14 +115,7 @@ def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generato
             raise ValueError(f"no model for {name} tracks: pass --model or --{name}_model")
         if path in loaded:
             continue
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: no model that can be loaded ({str(error).splitlines()[0]})") from None
-        if config.model_type != "cmhca_dirc":
-            raise ValueError(
-                f"{path}: model type {config.model_type!r} cannot be generated here, expected 'cmhca_dirc'"
-            )
+        load_config(path, "cmhca_dirc")
         dtype = getattr(torch, arguments.dtype)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         loaded[path] = Generator(model, AutoTokenizer.from_pretrained(path), sampling_kwargs(arguments, model))
@@ -291,28 +267,6 @@ def write_dump(columns: dict[str, list], path: Path, dark_noise: bool):
         temporary.unlink(missing_ok=True)
 
 
-def check_metadata(folder: Path, arguments: argparse.Namespace):
-    """A restarted run continues a folder only if it was started with the same options."""
-    # what changes neither the tracks nor the files
-    options = {k: v for k, v in vars(arguments).items() if k not in ("output", "cpu")}
-    path = folder / METADATA
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError:
-            stored = None
-        if not isinstance(stored, dict):
-            raise ValueError(f"{path}: not the options of an earlier run; choose another --output")
-        changed = sorted(name for name in options if stored.get(name) != options[name])
-        if changed:
-            differences = ", ".join(f"{name} {stored.get(name)!r} -> {options[name]!r}" for name in changed)
-            raise ValueError(f"{folder}: holds dumps made with other options ({differences}); choose another --output")
-        return
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder}: exists, is not empty and holds no {METADATA}; choose another --output")
-    path.write_text(json.dumps(options, indent=2) + "\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hepzoo generate",
@@ -360,17 +314,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(arguments: argparse.Namespace):
-    for name in ("n_tracks", "n_dump", "batch_size", "topK", "min_hits", "max_hits"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}, expected at least 1")
+    check_at_least(arguments, 1, "n_tracks", "n_dump", "batch_size", "topK", "min_hits", "max_hits")
+    check_at_least(arguments, 0, "seed")
     if not 0 < arguments.nucleus_p <= 1:
         raise ValueError(f"--nucleus_p is {arguments.nucleus_p}, expected 0 < p <= 1")
     if not 0 < arguments.temperature < float("inf"):
         raise ValueError(f"--temperature is {arguments.temperature}, expected a finite number > 0")
     if arguments.min_hits > arguments.max_hits:
         raise ValueError(f"--min_hits {arguments.min_hits} is above --max_hits {arguments.max_hits}")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed is {arguments.seed}, expected >= 0")
     parse_range(arguments.momentum, "momentum", MOMENTUM_LIMITS)
     parse_range(arguments.theta, "theta", THETA_LIMITS)
 
@@ -379,30 +330,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     check_arguments(arguments)
     from accelerate import PartialState
-    from tqdm import tqdm
 
     state = PartialState(cpu=arguments.cpu)
     generators = load_generators(arguments, state.device)
     folder = Path(arguments.output)
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_metadata(folder, arguments)
-    state.wait_for_everyone()
-
     num_dumps = -(-arguments.n_tracks // arguments.n_dump)
     paths = [dump_path(folder, index, arguments, num_dumps) for index in range(num_dumps)]
-    missing = [index for index in range(num_dumps) if not paths[index].exists()]
-    if state.is_main_process and len(missing) < num_dumps:
-        print(f"{folder}: {num_dumps - len(missing)} of {num_dumps} dumps are there already", file=sys.stderr)
-    # every process must have looked before the first one writes
-    state.wait_for_everyone()
-    own = missing[state.process_index :: state.num_processes]
-    total = sum(min(arguments.n_dump, arguments.n_tracks - index * arguments.n_dump) for index in own)
-    with tqdm(total=total, unit="track", disable=not state.is_main_process, desc="generating") as bar:
-        for index in own:
-            columns = make_dump(index, arguments, generators, bar)
-            write_dump(columns, paths[index], arguments.dark_noise)
-    state.wait_for_everyone()
+    sizes = [min(arguments.n_dump, arguments.n_tracks - index * arguments.n_dump) for index in range(num_dumps)]
+    # without what changes neither the tracks nor the files
+    options = {name: value for name, value in vars(arguments).items() if name not in ("output", "cpu")}
+
+    def make_file(index: int, bar):
+        write_dump(make_dump(index, arguments, generators, bar), paths[index], arguments.dark_noise)
+
+    make_missing_files(state, options, paths, sizes, make_file, files="dumps", unit="track")
     if state.is_main_process:
         print(f"{folder}: {arguments.n_tracks} tracks in {num_dumps} files")
     if state.num_processes > 1:

@@ -133,7 +133,10 @@ def test_exactly_the_tracks_asked_for(models, tmp_path, method, pions):
 
 def test_yield_follows_the_end_probability(models, tmp_path):
     folder = run(
-        tmp_path / "out", "--model", models["dense"], *["--method", "Pion", "--n_tracks", "200", "--min_hits", "1"]
+        tmp_path / "out",
+        *["--model", models["dense"], "--method", "Pion", "--n_tracks", "200", "--min_hits", "1"],
+        # the end has the probability of the model at temperature 1 only
+        *["--temperature", "1"],
     )
     hits = np.asarray(read(folder)["NHits"][:])
     probability, lengths = 1 / 13, np.arange(1, MAX_PHOTONS + 1)
