@@ -138,11 +138,22 @@ class SpadeConfig(PreTrainedConfig):
             ("feature_size", 1),
             ("num_registers", 0),
             ("mixture_components", 1),
+            ("energy_head_size", 1),
+            ("energy_noise", 0),
             ("max_num_hits", 2),
+            ("stop_embedding_size", 1),
+            ("stop_hidden_size", 1),
             ("stop_num_layers", 1),
+            ("stop_pos_weight", 0),
         ):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least {least}")
+        for name in ("attention_dropout", "hidden_dropout", "stop_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 <= p < 1")
+        for low, high in (("energy_min", "energy_max"), ("log_scale_min", "log_scale_max")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ValueError(f"`{low}` = {getattr(self, low)} must be below `{high}` = {getattr(self, high)}")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ValueError(
                 f"`hidden_size` = {self.hidden_size} must be an even multiple of `num_attention_heads` = "

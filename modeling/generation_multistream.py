@@ -20,6 +20,7 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationMode,
     MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TopPLogitsWarper,
@@ -210,6 +211,21 @@ def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
         ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
     return _draw(scores.softmax(dim=-1))[0]
+
+
+def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
+    """
+    The most probable token of every row, (batch, vocab) -> (batch,).
+
+    Raises:
+        ValueError: naming the row, if it holds NaN, or no token is possible.
+    """
+    ids = scores.argmax(dim=-1, keepdim=True)
+    is_possible = scores.gather(-1, ids) > -torch.inf
+    if not is_possible.all():
+        row = int((~is_possible).nonzero()[0, 0])
+        raise ValueError(f"scores of row {row} hold NaN, or no token is possible: nothing can be chosen")
+    return ids.squeeze(-1)
 
 
 def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -460,7 +476,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
         if generation_config.do_sample:
             next_tokens = logits_processor.draw(step_scores)
         else:
-            next_tokens = torch.stack([scores.argmax(dim=-1) for scores in step_scores], dim=-1)
+            next_tokens = torch.stack([best_from_scores(scores) for scores in step_scores], dim=-1)
         eos_token_ids = logits_processor.eos_token_ids
         if state.is_delayed:
             next_tokens = state.apply_delays(next_tokens, input_ids.shape[1], eos_token_ids)
@@ -595,8 +611,9 @@ class MultiStreamGenerationMixin(GenerationMixin):
                 if streamer is not None:
                     streamer.put(next_tokens.cpu())
                 inputs = {name: model_kwargs[name] for name in self.stopping_inputs}
-                stopped = stopping_criteria(input_ids, collected["scores"], state=state, **inputs)
-                unfinished = unfinished & ~stopped.unsqueeze(-1)
+                stopped = stopping_criteria(input_ids, collected["scores"], state=state, **inputs).unsqueeze(-1)
+                state.lengths = torch.where((unfinished & stopped).squeeze(-1), input_ids.shape[1], state.lengths)
+                unfinished = unfinished & ~stopped
                 num_unfinished = int(unfinished.sum())
                 all_finished = num_unfinished == 0
                 outputs = None
@@ -656,10 +673,11 @@ class StreamState:
     Attributes:
         end (`(batch,)`): index of the first hit that will not be produced, `NEVER` as long as it is unknown.
         pads (`(batch,)`): padded positions in front of the row.
+        lengths (`(batch,)`): positions of the row, padding in front included, `NEVER` as long as it goes on.
         votes, is_stopped (`(batch,)`): for a stopping criterion: how often in a row it said stop, whether it set `end`.
     """
 
-    row_attributes = ("end", "pads", "votes", "is_stopped")
+    row_attributes = ("end", "pads", "lengths", "votes", "is_stopped")
 
     def __init__(
         self,
@@ -677,13 +695,25 @@ class StreamState:
         self.begin_ids = torch.tensor(config.stream_bos_token_ids, device=device)
         self.end_ids = torch.tensor(config.stream_eos_token_ids, device=device)
         self.end = torch.full(input_ids.shape[:1], NEVER, device=device) if num_hits is None else num_hits.clone()
+        self.lengths = torch.full_like(self.end, NEVER)
         self.votes = torch.zeros_like(self.end)
         self.is_stopped = torch.zeros_like(self.end, dtype=torch.bool)
         self.pads = torch.zeros_like(self.end)
         if attention_mask is not None and attention_mask.ndim == 2:
             self.pads = (attention_mask == 0).sum(dim=-1)
+        if num_hits is not None:
+            self._check_prompt(input_ids)
 
-    def first_hit(self, length: int) -> torch.LongTensor:
+    def _check_prompt(self, input_ids: torch.LongTensor):
+        """No row may hold hits behind its last one."""
+        length = input_ids.shape[1]
+        hit = self.first_hit(torch.arange(length, device=input_ids.device).unsqueeze(-1)).t()
+        too_many = (hit.unsqueeze(-1) - self.delays >= self.end[:, None, None]) & (input_ids != self.end_ids)
+        if too_many.any():
+            row = int(too_many.nonzero()[0, 0])
+            raise ValueError(f"`num_hits`: row {row} is {self.end[row].item()}, but its prompt holds more hits")
+
+    def first_hit(self, length: int | torch.LongTensor) -> torch.LongTensor:
         """Index of the hit that a stream without delay has at position `length`, (batch,)."""
         return length - 1 - self.config.num_conditioning_tokens - self.pads
 
@@ -703,7 +733,8 @@ class StreamState:
 
     def num_hits(self, length: int) -> torch.LongTensor:
         """Complete hits of every row of sequences of this length, (batch,)."""
-        return torch.minimum(self.end, self.first_hit(length) - self.max_delay).clamp(min=0)
+        complete = self.first_hit(self.lengths.clamp(max=length)) - self.max_delay
+        return torch.minimum(self.end, complete).clamp(min=0)
 
     def select(self, rows: torch.Tensor) -> "StreamState":
         selected = copy.copy(self)
@@ -739,6 +770,9 @@ def _join(parts: list[tuple], num_rows: int, pad: torch.LongTensor) -> tuple[tor
 def _keeps_rows(part) -> bool:
     """Whether a logits processor or stopping criterion might hold something for every row: one from elsewhere."""
     inner = getattr(part, "processor", part)
+    if isinstance(inner, PrefixConstrainedLogitsProcessor):
+        # its function is asked with the number of the row
+        return True
     package = __name__.rpartition(".")[0]
     return getattr(inner, "keeps_rows", not type(inner).__module__.startswith(("transformers.", package)))
 

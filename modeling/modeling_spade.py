@@ -10,6 +10,8 @@ small network of its own decides after every hit whether the shower is complete.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -252,8 +254,10 @@ class SpadeAttention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor, list[int]],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        row_lengths: list[int] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """With `row_lengths`, `hidden_states` (1, sum of lengths, size) are rows behind each other, each for itself."""
         input_shape = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
@@ -265,16 +269,19 @@ class SpadeAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_interface(
+        attend = partial(
+            attention_interface,
             self,
-            query,
-            key,
-            value,
-            attention_mask,
+            attention_mask=attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
             **kwargs,
         )
+        if row_lengths is None:
+            output, weights = attend(query, key, value)
+        else:
+            rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)))
+            output, weights = torch.cat([attend(*row)[0] for row in rows], dim=1), None
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
 
@@ -508,10 +515,16 @@ class SpadeModel(SpadePreTrainedModel):
             position_ids = (torch.arange(input_ids.shape[1], device=input_ids.device) + past_length).unsqueeze(0)
 
         hidden_states = self.embeddings(input_ids, position_ids, hit_energy, incident_energy)
-        if self.training and attention_mask is not None and not torch.compiler.is_compiling():
+        row_lengths = is_real = None
+        can_look = self.training and attention_mask is not None and not torch.compiler.is_compiling()
+        if can_look and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             # behind right padding nothing is trained: the causal mask alone is enough, and half the work
-            is_right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-            attention_mask = None if is_right_padded else attention_mask
+            if past_key_values is None and self._packs_rows(attention_mask, **kwargs):
+                is_real = attention_mask.bool()
+                row_lengths = is_real.sum(dim=-1).tolist()
+                position_ids = position_ids.expand(is_real.shape)[is_real].unsqueeze(0)
+                hidden_states = hidden_states[is_real].unsqueeze(0)
+            attention_mask = None
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -521,9 +534,31 @@ class SpadeModel(SpadePreTrainedModel):
         rotary = (*self.rotary(position_ids, hidden_states.dtype), self.rotary.partner)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, rotary, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+                hidden_states,
+                rotary,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                row_lengths=row_lengths,
+                **kwargs,
             )
-        return SpadeModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        if row_lengths is not None:
+            padded = hidden_states.new_zeros(*is_real.shape, hidden_states.shape[-1])
+            hidden_states = padded.index_put((is_real,), hidden_states.squeeze(0))
+        return SpadeModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _packs_rows(self, attention_mask: torch.Tensor, **kwargs) -> bool:
+        """
+        Whether training puts the rows behind each other and leaves their padding out: showers differ in length by a
+        factor of ten. Attention then takes row by row, which costs nothing on a CPU.
+        """
+        flags = ("output_hidden_states", "output_attentions")
+        return (
+            attention_mask.device.type == "cpu"
+            and self.config._attn_implementation == "sdpa"
+            and bool(attention_mask[:, 0].all())
+            and not any(kwargs.get(flag, getattr(self.config, flag, False)) for flag in flags)
+        )
 
     def _check_inputs(self, input_ids, hit_energy, incident_energy):
         if input_ids.ndim != 3 or input_ids.shape[-1] != self.config.num_streams:
@@ -537,6 +572,8 @@ class SpadeModel(SpadePreTrainedModel):
         ):
             if values is None:
                 raise ValueError(f"`{name}` is missing: expected {shape}, {meaning}")
+            if not isinstance(values, torch.Tensor):
+                raise ValueError(f"`{name}` is a {type(values).__name__}, expected a tensor {shape}, {meaning}")
             if tuple(values.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(values.shape)}, expected {shape}, {meaning}")
 
@@ -624,6 +661,8 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            # whatever `config.return_dict` says, which concerns the caller
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -640,6 +679,8 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
                 )
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids[..., 0])
+            elif not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
+                raise ValueError("`attention_mask` begins with padding: batches with `labels` are padded on the right")
             divisor = None if num_items_in_batch is None else num_items_in_batch / self.config.num_streams
             token_mask, energy_mask = self.loss_masks(input_ids, attention_mask)
             stream_losses = self._stream_losses(hidden_states, input_ids, labels, token_mask, divisor)
@@ -668,12 +709,15 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
     def _predict(self, hidden_states: torch.Tensor, input_ids: torch.LongTensor):
         """Logits of every stream and the mixture of the next energy."""
         logits = tuple(head(hidden_states) for head in self.token_heads)
-        if self.config.layer_monotonic:
-            logits = tuple(
-                mask_earlier_layers(values, input_ids[..., stream], self.config, stream)
-                for stream, values in enumerate(logits)
-            )
-        return logits, self.energy_head(hidden_states)
+        return self._mask_layers(logits, input_ids), self.energy_head(hidden_states)
+
+    def _mask_layers(self, logits: tuple[torch.Tensor, ...], input_ids: torch.LongTensor) -> tuple[torch.Tensor, ...]:
+        if not self.config.layer_monotonic:
+            return logits
+        return tuple(
+            mask_earlier_layers(values, input_ids[..., stream], self.config, stream)
+            for stream, values in enumerate(logits)
+        )
 
     def loss_masks(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor
@@ -758,13 +802,19 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
         if incident_energy is None:
             raise ValueError("`incident_energy` is missing: expected the energy of every shower in GeV, (batch,)")
         incident_energy = torch.as_tensor(incident_energy, dtype=torch.float32, device=self.device).reshape(-1)
+        if len(incident_energy) == 0:
+            raise ValueError("`incident_energy` is empty: expected the energy of every shower in GeV, (batch,)")
         wrong = ~(torch.isfinite(incident_energy) & (incident_energy > 0))
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
             raise ValueError(f"`incident_energy`: row {row} is {incident_energy[row].item()}, expected GeV, above 0")
         if num_hits is not None:
-            num_hits = torch.as_tensor(num_hits, device=self.device).reshape(-1).expand(len(incident_energy))
-            if num_hits.is_floating_point() or (num_hits < 1).any() or (num_hits > self.config.max_num_hits).any():
+            num_hits = torch.as_tensor(num_hits, device=self.device).reshape(-1)
+            if len(num_hits) not in (1, len(incident_energy)):
+                raise ValueError(f"`num_hits` has {len(num_hits)} entries, expected 1 or {len(incident_energy)}")
+            num_hits = num_hits.expand(len(incident_energy))
+            is_integer = not num_hits.is_floating_point() and num_hits.dtype != torch.bool
+            if not is_integer or (num_hits < 1).any() or (num_hits > self.config.max_num_hits).any():
                 raise ValueError(
                     f"`num_hits` is {num_hits.tolist()}, expected integers from 1 to {self.config.max_num_hits}"
                 )
@@ -815,9 +865,15 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
         """Next energies, (batch,): a draw, or in greedy search the mean of the most probable Gaussian."""
         logits, means, log_scales = mixture
         if generation_config.do_sample:
-            probabilities = (logits / setting(generation_config, "energy_temperature")).softmax(dim=-1)
-            component = torch.multinomial(probabilities, 1)
-            energy = torch.normal(means.gather(-1, component), mixture_scales(log_scales).gather(-1, component))
+            temperature = setting(generation_config, "energy_temperature")
+            if not temperature > 0:
+                raise ValueError(f"`energy_temperature` is {temperature}, expected a number above 0")
+            probabilities = (logits / temperature).softmax(dim=-1)
+            # `torch.multinomial` and `torch.normal` without their checks: of exponential waiting times, each divided
+            # by its probability, the first
+            component = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)
+            means, log_scales = means.gather(-1, component), log_scales.gather(-1, component)
+            energy = torch.addcmul(means, mixture_scales(log_scales), torch.randn_like(means))
         else:
             energy = means.gather(-1, logits.argmax(dim=-1, keepdim=True))
         return energy.squeeze(-1).clamp(self.config.energy_min, self.config.energy_max)
@@ -827,20 +883,20 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
 
     def _finish_sequences(self, sequences, continuous, generation_config, state):
         length = sequences.shape[1]
-        num_hits = state.num_hits(length)
+        end = state.end
         if setting(generation_config, "stop_published"):
             # of the hits that were begun when the shower stopped, the published code keeps all but the last
-            num_hits = torch.where(state.end <= num_hits, num_hits - state.is_stopped.long(), num_hits)
+            end = end - state.is_stopped.long()
+        num_hits = torch.minimum(state.num_hits(length), end)
         if not setting(generation_config, "trim_sequences"):
             return sequences, continuous, num_hits
         # behind the last hit as the tokenizer writes it: MISSING as long as another stream goes on, then padding
         hit = torch.arange(length, device=sequences.device) - state.pads[:, None] - self.config.num_registers - 1
-        ended = (num_hits < state.first_hit(length) - self.config.max_stream_delay).unsqueeze(-1)
-        behind = ended & (hit - self.config.max_stream_delay >= num_hits[:, None])
-        no_hit = ended.unsqueeze(-1) & (hit.unsqueeze(-1) - state.delays >= num_hits[:, None, None])
+        behind = hit - self.config.max_stream_delay >= end[:, None]
+        no_hit = hit.unsqueeze(-1) - state.delays >= end[:, None, None]
         sequences = torch.where(no_hit, state.end_ids, sequences)
         sequences = torch.where(behind.unsqueeze(-1), torch.zeros_like(sequences), sequences)
-        no_energy = ended & (hit - self.config.energy_delay >= num_hits[:, None])
+        no_energy = hit - self.config.energy_delay >= end[:, None]
         continuous["hit_energy"] = continuous["hit_energy"].masked_fill(no_energy, 0.0)
         return sequences, continuous, num_hits
 
@@ -923,6 +979,10 @@ class OccupiedCellLogitsProcessor(JointLogitsProcessor):
     """
 
     def __init__(self, config: SpadeConfig):
+        if len(set(config.stream_delays)) < config.num_streams:
+            raise ValueError(
+                f"`stream_delays` is {list(config.stream_delays)}: axes that are drawn in one step cannot avoid a cell"
+            )
         self.config = config
         # in the order in which the axes of a hit are drawn
         self.order = sorted(range(config.num_streams), key=lambda stream: config.stream_delays[stream])
@@ -977,7 +1037,9 @@ def mask_earlier_layers(
     first = current - (current - 1) % cells_per_layer
     is_cell = (current >= 1) & (current <= config.stream_num_cells[stream])
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    return logits.masked_fill(is_cell.unsqueeze(-1) & (ids < first.unsqueeze(-1)), -1e9)
+    # float16 ends before the published value
+    lowest = max(-1e9, torch.finfo(logits.dtype).min)
+    return logits.masked_fill(is_cell.unsqueeze(-1) & (ids < first.unsqueeze(-1)), lowest)
 
 
 class SpadeDecoder:
@@ -996,14 +1058,18 @@ class SpadeDecoder:
         embeddings = model.model.embeddings
         widths = [token.embedding_dim for token in embeddings.tokens] + [config.feature_size, config.feature_size]
         *token_weights, energy_weight, incident_weight = embeddings.projection.weight.split(widths, dim=1)
-        self.tables = None
+        heads = [model.energy_head.fc1]
         if config.axis_mode == "split":
-            # few ids: their part of the projection once for all
-            self.tables = [
+            # few ids: their part of the projection once for all, the tables of all streams below each other
+            tables = [
                 nn.functional.linear(norm(token.weight), weight)
                 for token, norm, weight in zip(embeddings.tokens, embeddings.norms, token_weights)
             ]
-        self.token_weight = token_weights[0]
+            self.table = torch.cat(tables)
+            offsets = [0, *accumulate(config.stream_vocab_sizes)][:-1]
+            self.offsets = torch.tensor(offsets, device=incident_energy.device)
+            heads = [*model.token_heads, *heads]
+        self.token_weight = token_weights[0].t()
         incident = embeddings.incident_energy(embeddings.scale_incident_energy(incident_energy))
         energy = embeddings.hit_energy
         self.energy_weight = (energy_weight @ energy.fc2.weight).t()
@@ -1018,12 +1084,10 @@ class SpadeDecoder:
             attention, mlp = layer.self_attn, layer.mlp
             weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
             self.qkv_weights.append(torch.cat(weights).t())
-            self.gate_up.append(
-                (
-                    torch.cat([mlp.gate_proj.bias, mlp.up_proj.bias]),
-                    torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t(),
-                )
-            )
+            self.gate_up.append(merge_linears([mlp.gate_proj, mlp.up_proj]))
+        self.head_sizes = [head.out_features for head in heads]
+        self.heads = merge_linears(heads)
+        self.mixture = merge_linears([model.energy_head.logits, model.energy_head.means, model.energy_head.log_scales])
         self.partner = torch.tensor(model.model.rotary.partner, device=incident_energy.device)
         self.rotary_table = (torch.empty(0), torch.empty(0))
 
@@ -1038,50 +1102,68 @@ class SpadeDecoder:
     def __call__(self, input_ids: torch.LongTensor, hit_energy: torch.Tensor, **kwargs) -> SpadeCausalLMOutput:
         """Takes the last ids of every row, (batch, 1, streams), and all energies, (batch, length)."""
         base = self.model.model
-        energy = base.embeddings.hit_energy
-        last_energy = hit_energy[:, -1:].to(self.constant.dtype)
-        features = nn.functional.silu(energy.fc1(last_energy.clamp(self.config.energy_min, self.config.energy_max)))
-        hidden_states = torch.addmm(self.constant, features, self.energy_weight)
-        if self.tables is not None:
-            for stream, table in enumerate(self.tables):
-                hidden_states = hidden_states + nn.functional.embedding(input_ids[:, 0, stream], table)
-        else:
-            embedded = nn.functional.embedding(input_ids[:, 0, 0], base.embeddings.tokens[0].weight)
-            hidden_states = torch.addmm(hidden_states, embedded, self.token_weight.t())
+        hidden_states = self.embed(input_ids[:, 0], hit_energy[:, -1:])
         cos, sin = self.rotary(self.cache.get_seq_length())
         for index, layer in enumerate(base.layers):
             normed = layer.attention_norm(hidden_states)
-            attended = self.attend(index, layer.self_attn, normed, cos, sin)
-            if layer.parallel_residual:
-                hidden_states = hidden_states + attended + self.feed_forward(index, layer.mlp, normed)
-            else:
-                hidden_states = hidden_states + attended
+            output = self.attend(index, normed, cos, sin)
+            hidden_states = torch.addmm(hidden_states, output, layer.self_attn.o_proj.weight.t())
+            if not layer.parallel_residual:
                 normed = layer.mlp_norm(hidden_states)
-                hidden_states = hidden_states + self.feed_forward(index, layer.mlp, normed)
-        hidden_states = base.norm(hidden_states).unsqueeze(1)
-        logits, energy_mixture = self.model._predict(hidden_states, input_ids)
+            hidden_states = hidden_states + self.feed_forward(index, layer.mlp, normed)
+        logits, energy_mixture = self.predict(base.norm(hidden_states), input_ids)
         return SpadeCausalLMOutput(logits=logits, energy_mixture=energy_mixture, past_key_values=self.cache)
 
-    def feed_forward(self, index: int, mlp: SpadeMLP, normed: torch.Tensor) -> torch.Tensor:
-        bias, weight = self.gate_up[index]
-        gate, up = torch.addmm(bias, normed, weight).chunk(2, dim=-1)
-        return mlp.down_proj(mlp.act_fn(gate) * up)
+    def embed(self, input_ids: torch.LongTensor, last_energy: torch.Tensor) -> torch.Tensor:
+        """Ids (batch, streams) and energies (batch, 1) to (batch, hidden_size)."""
+        embeddings = self.model.model.embeddings
+        last_energy = last_energy.to(self.constant.dtype).clamp(self.config.energy_min, self.config.energy_max)
+        features = nn.functional.silu(embeddings.hit_energy.fc1(last_energy))
+        hidden_states = torch.addmm(self.constant, features, self.energy_weight)
+        if self.config.axis_mode == "split":
+            return hidden_states + nn.functional.embedding(input_ids + self.offsets, self.table).sum(dim=1)
+        embedded = nn.functional.embedding(input_ids[:, 0], embeddings.tokens[0].weight)
+        return torch.addmm(hidden_states, embedded, self.token_weight)
 
-    def attend(self, index: int, attention: SpadeAttention, normed: torch.Tensor, cos, sin) -> torch.Tensor:
+    def attend(self, index: int, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         batch_size, size = normed.shape
-        head_dim, groups = attention.head_dim, attention.num_key_value_groups
-        num_heads, num_keys = self.config.num_attention_heads, self.config.num_key_value_heads
+        head_dim, num_heads, num_keys = (
+            self.config.head_dim,
+            self.config.num_attention_heads,
+            self.config.num_key_value_heads,
+        )
         # query, key and value heads: (batch, heads + 2 * key heads, head_dim)
         states = torch.mm(normed, self.qkv_weights[index]).view(batch_size, -1, head_dim)
         rotated, value = states[:, : num_heads + num_keys], states[:, num_heads + num_keys :]
-        rotated = rotated * cos + rotated.index_select(-1, self.partner) * sin
+        rotated = torch.addcmul(rotated * cos, rotated.index_select(-1, self.partner), sin)
         query, key = rotated[:, :num_heads], rotated[:, num_heads:]
         keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
-        # the heads that share a key are the rows of one product
-        query = query.reshape(batch_size * num_keys, groups, head_dim) * head_dim**-0.5
-        weights = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
-        output = torch.bmm(weights, values.flatten(0, 1)).view(batch_size, size)
-        return attention.o_proj(output)
+        # the heads that share a key are the positions of one sequence: nothing is repeated
+        query = query.reshape(batch_size, num_keys, -1, head_dim)
+        return nn.functional.scaled_dot_product_attention(query, keys, values).view(batch_size, size)
+
+    def feed_forward(self, index: int, mlp: SpadeMLP, normed: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.gate_up[index]
+        gate, up = torch.addmm(bias, normed, weight).chunk(2, dim=-1)
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+    def predict(self, hidden_states: torch.Tensor, input_ids: torch.LongTensor):
+        """As `SpadeForCausalLM._predict` for hidden states (batch, hidden_size)."""
+        head = self.model.energy_head
+        weight, bias = self.heads
+        *logits, features = torch.addmm(bias, hidden_states, weight).unsqueeze(1).split(self.head_sizes, dim=-1)
+        if self.config.axis_mode != "split":
+            logits = [self.model.token_heads[0](hidden_states).unsqueeze(1)]
+        features = torch.relu(head.fc2(torch.relu(features)))
+        weight, bias = self.mixture
+        weights, means, log_scales = torch.addmm(bias, features.squeeze(1), weight).unsqueeze(1).chunk(3, dim=-1)
+        log_scales = log_scales.clamp(self.config.log_scale_min, self.config.log_scale_max)
+        return self.model._mask_layers(tuple(logits), input_ids), (weights, means, log_scales)
+
+
+def merge_linears(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (in_features, sum of out_features) and bias of layers with the same input."""
+    return torch.cat([layer.weight for layer in layers]).t(), torch.cat([layer.bias for layer in layers])
 
 
 __all__ = ["SpadePreTrainedModel", "SpadeModel", "SpadeForCausalLM", "OccupiedCellLogitsProcessor"]
