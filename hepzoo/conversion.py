@@ -7,11 +7,12 @@ for, key by key.
 
 import argparse
 import json
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from hepzoo.checkpoints import first_line, load_checkpoint
 
 EXAMPLES = """\
 examples:
@@ -21,68 +22,6 @@ examples:
       --config tests/golden/dirc_dense/config.json --output dense
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade_x1
 """
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """
-    State dict of a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, on the CPU.
-
-    Training checkpoints that hold the weights under `net_state_dict`, `state_dict` or `model_state_dict` are unwrapped.
-
-    Raises:
-        ValueError: if the file is not a checkpoint, or its pickle asks for anything but tensors, numpy values and
-            builtin containers (nothing of it is executed).
-    """
-    import numpy as np
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file ({error})") from None
-
-    # training histories hold numpy numbers; rebuilding arrays runs no code of the file
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    numpy_types = [np.dtype, np.ndarray, multiarray.scalar, multiarray._reconstruct]
-    numpy_types += [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")]
-    # older numpy pickles name the same functions in numpy.core
-    aliases = [(function, f"numpy.core.multiarray.{function.__name__}") for function in numpy_types[2:4]]
-    try:
-        with torch.serialization.safe_globals([*numpy_types, *aliases]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), "unsafe pickle")
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain values: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
-
-    for key in ("net_state_dict", "state_dict", "model_state_dict"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict) or not checkpoint:
-        raise ValueError(f"{path}: expected a dictionary of parameters, found {type(checkpoint).__name__}")
-    others = sorted(
-        str(name)
-        for name, value in checkpoint.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided)
-    )
-    if others:
-        raise ValueError(f"{path}: expected only named tensors, but these entries are not: {', '.join(others)}")
-    # a few stored bytes can be declared as terabytes
-    views = [n for n, t in checkpoint.items() if t.numel() * t.element_size() > t.untyped_storage().nbytes()]
-    if views:
-        raise ValueError(f"{path}: these tensors are larger than what is stored of them: {', '.join(sorted(views))}")
-    return checkpoint
 
 
 def load_reference_config(path: str | Path) -> dict[str, Any]:
@@ -166,7 +105,7 @@ def convert_cmhca_dirc(checkpoint: str | Path, config: str | Path) -> tuple[Any,
 
 def convert_spade(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
     """A reference SPADE checkpoint (split or combined) with its YAML configuration to a model and its tokenizer."""
-    from hepzoo.modeling.conversion_common import convert_state_dict
+    from hepzoo.modeling.conversion_common import convert_state_dict, find_number
     from hepzoo.modeling.conversion_spade import (
         KEY_PATTERNS,
         convert_config,
@@ -180,10 +119,11 @@ def convert_spade(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]
     try:
         state_dict = convert_state_dict(load_checkpoint(checkpoint), KEY_PATTERNS)
         model_config = convert_config(reference_config, state_dict)
-        generation_settings = convert_generation_settings(reference_config)
+        generation_settings = convert_generation_settings(reference_config, model_config)
         tokenizer = SpadeTokenizer.from_model_config(
             model_config,
             energy_transform=convert_energy_transform(reference_config),
+            energy_threshold=find_number(reference_config, "energy_threshold") or 0.0,
             legacy_pad_length=model_config.max_num_hits,
         )
     except ValueError as error:

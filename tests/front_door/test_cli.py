@@ -20,6 +20,21 @@ TARGETS = [
 ]
 
 
+# the kind that a command takes if the first word is an option
+DEFAULT_KINDS = {"generate": "dirc"}
+
+
+def split_example(words: list[str]) -> tuple[str, list[str]]:
+    """Module and arguments of `hepzoo COMMAND ...`."""
+    command, *rest = words[1:]
+    target = COMMANDS[command][1]
+    if isinstance(target, str):
+        return target, rest
+    if rest[0].startswith("-"):
+        rest = [DEFAULT_KINDS[command], *rest]
+    return target[rest[0]], rest[1:]
+
+
 def script_of(module: str) -> str:
     return module.removeprefix("hepzoo.").replace(".", "/") + ".py"
 
@@ -62,7 +77,8 @@ def test_help_of_every_command_shows_options_and_examples(capsys, words, module)
     assert "--output" in out
     assert "examples:" in out
     examples = out.split("examples:")[1]
-    assert f"hepzoo {' '.join(words)} " in examples or f"python {script_of(module)} " in examples
+    of_this = [split_example(line.split())[0] for line in examples.splitlines() if line.split()[:1] == ["hepzoo"]]
+    assert module in of_this or f"python {script_of(module)} " in examples
     parser = importlib.import_module(module).build_parser()
     undocumented = [action.option_strings for action in parser._actions if not (action.help or action.choices)]
     assert not undocumented
@@ -88,8 +104,7 @@ def test_examples_of_the_help_are_understood_by_the_parsers():
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         words = line.split()
         if words[:1] == ["hepzoo"]:
-            target = COMMANDS[words[1]][1]
-            module, rest = (target, words[2:]) if isinstance(target, str) else (target[words[2]], words[3:])
+            module, rest = split_example(words)
         elif words[:1] == ["python"]:
             (module,) = (module for _, module in TARGETS if script_of(module) == words[1])
             rest = words[2:]
@@ -132,6 +147,7 @@ def error_cases(folder) -> dict[str, tuple[list[str], str]]:
     (folder / "unknown" / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
     convert = ["convert", "cmhca_dirc", "--config", config]
     generate = ["generate", "--output", output, "--cpu", "--n_tracks", "2"]
+    showers = ["generate", "showers", "--output", output, "--cpu", "--n_showers", "2"]
     return {
         "convert missing": ([*convert, "--checkpoint", missing, "--output", output], "missing"),
         "convert into a file": ([*convert, "--checkpoint", config, "--output", config], "config.json"),
@@ -145,6 +161,23 @@ def error_cases(folder) -> dict[str, tuple[list[str], str]]:
         "convert-data missing": (["convert-data", "fm4dirc", missing, "--output", output], "missing"),
         "evaluate missing": (["evaluate", "dirc", "--real", missing, "--generated", missing], "missing"),
         "plot missing": (["plot", "dirc", "--real", missing, "--generated", missing, "--output", output], "missing"),
+        "showers: convert missing": (
+            ["convert", "spade", *convert[2:], "--checkpoint", missing, "--output", output],
+            missing,
+        ),
+        "showers: generate without model": (showers, "--model"),
+        "showers: generate missing model": ([*showers, "--model", missing], missing),
+        "showers: generate another family": ([*showers, "--model", str(folder / "model")], "gpt2"),
+        "showers: simulate nothing": (
+            ["simulate", "showers", "--output", output, "--n_showers", "-1"],
+            "num_showers",
+        ),
+        "showers: convert-data missing": (["convert-data", "showers", missing, "--output", output], "missing"),
+        "showers: evaluate missing": (["evaluate", "showers", "--real", missing, "--generated", missing], "missing"),
+        "showers: plot missing": (
+            ["plot", "showers", "--real", missing, "--generated", missing, "--output", output],
+            "missing",
+        ),
     }
 
 
@@ -161,6 +194,14 @@ ERROR_CASES = (
     "convert-data missing",
     "evaluate missing",
     "plot missing",
+    "showers: convert missing",
+    "showers: generate without model",
+    "showers: generate missing model",
+    "showers: generate another family",
+    "showers: simulate nothing",
+    "showers: convert-data missing",
+    "showers: evaluate missing",
+    "showers: plot missing",
 )
 
 
@@ -202,9 +243,22 @@ def test_defects_of_our_own_keep_their_traceback(monkeypatch):
     def broken(argv):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(importlib.import_module(COMMANDS["generate"][1]), "main", broken)
+    monkeypatch.setattr(importlib.import_module(COMMANDS["generate"][1]["dirc"]), "main", broken)
     with pytest.raises(ZeroDivisionError):
-        main(["generate"])
+        main(["generate", "dirc"])
+
+
+@pytest.mark.parametrize("command", DEFAULT_KINDS)
+def test_a_kind_that_is_left_out_is_the_first(command, monkeypatch):
+    seen = []
+    for kind, module in COMMANDS[command][1].items():
+        monkeypatch.setattr(
+            importlib.import_module(module), "main", lambda argv, kind=kind: seen.append((kind, argv)) or 0
+        )
+    assert next(iter(COMMANDS[command][1])) == DEFAULT_KINDS[command]
+    for words in (["--model", "m"], ["dirc", "--model", "m"], ["showers", "--model", "m"]):
+        assert main([command, *words]) == 0
+    assert seen == [("dirc", ["--model", "m"]), ("dirc", ["--model", "m"]), ("showers", ["--model", "m"])]
 
 
 def test_module_runs_as_a_command(tmp_path):
@@ -220,15 +274,34 @@ runpy.run_module("hepzoo.cli", run_name="__main__", alter_sys=True)
     assert "examples:" in checked(run_python(code, tmp_path))
 
 
-def test_help_of_the_commands_is_quick(tmp_path):
-    """Nothing heavy is imported to print help."""
+def test_help_of_every_command_in_a_fresh_process(tmp_path):
+    """
+    Nothing heavy is imported to print help, and no command needs what another one has imported: every command has an
+    interpreter of its own, forked before anything of ours is imported.
+    """
     code = """
-import contextlib, json, sys
-from hepzoo.cli import main
+import io, json, os, sys, traceback
+import numpy, pandas, pyarrow.parquet
+from contextlib import redirect_stdout
+heavy = {"torch", "matplotlib", "accelerate", "sklearn"}
+assert not {"hepzoo", *heavy} & set(sys.modules)
 for words in json.loads(sys.argv[1]):
-    with contextlib.suppress(SystemExit):
-        main([*words, "--help"])
-    heavy = {"torch", "matplotlib", "accelerate"} & set(sys.modules)
-    assert not heavy, (words, heavy)
+    if os.fork() == 0:
+        code, text = 1, io.StringIO()
+        try:
+            from hepzoo.cli import main
+            with redirect_stdout(text):
+                main([*words, "--help"])
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        imported = heavy & set(sys.modules)
+        if imported or "examples:" not in text.getvalue():
+            print(words, imported, text.getvalue()[:500], file=sys.stderr)
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, words
 """
     checked(run_python(code, tmp_path, json.dumps([words for words, _ in TARGETS])))

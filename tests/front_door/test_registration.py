@@ -11,6 +11,11 @@ from hepzoo._registration import FAMILIES
 from tests.subprocesses import checked, run_python
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+# sizes of a small model of each family
+SIZES = {
+    "cmhca_dirc": {**TINY, "vocab_size": 20, "time_vocab_size": 10},
+    "spade": {**TINY, "nbins": [3, 3, 3], "max_num_hits": 10},
+}
 
 ORDERS = {
     "hepzoo_first": "import hepzoo",
@@ -29,29 +34,38 @@ ORDERS = {
         "importlib.util.find_spec('hepzoo.modeling.modeling_cmhca_dirc')"
     ),
     "reloaded": "import hepzoo, importlib; importlib.reload(hepzoo)",
+    "transformers_first": "import transformers; import hepzoo",
+    "spade_modeling_first": "import hepzoo.modeling.modeling_spade",
+    "spade_tokenizer_first": "import hepzoo.tokenization.tokenization_spade",
+    "auto_classes_then_spade_modeling": (
+        "from transformers import AutoModel, AutoTokenizer; import hepzoo.modeling.modeling_spade"
+    ),
+    "both_models": "import hepzoo.modeling.modeling_spade, hepzoo.modeling.modeling_cmhca_dirc",
 }
 
 # Forked children share what no order is about and takes longest to import.
 RUN_ORDERS = """
 import json, os, sys, traceback
 import scipy.optimize, sklearn.metrics, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+import PIL.Image, accelerate, huggingface_hub, jinja2, safetensors.torch, tokenizers, yaml
 
 assert not {"hepzoo", "transformers"} & set(sys.modules)
 
-orders, folder, tiny = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+orders, folder, families = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 
 def observe(code):
     exec(code, {})
     import transformers
     from transformers import AutoConfig, AutoTokenizer
-    config = AutoConfig.for_model("cmhca_dirc", vocab_size=20, time_vocab_size=10, **tiny)
-    loaded = AutoConfig.from_pretrained(folder)
-    objects = {"AutoConfig.for_model": config, "AutoConfig": loaded}
-    objects["AutoTokenizer"] = AutoTokenizer.from_pretrained(folder)
-    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",
-                 "AutoModelForTokenClassification"):
-        objects[name] = getattr(transformers, name).from_config(config)
-    return {name: f"{type(value).__module__}.{type(value).__qualname__}" for name, value in objects.items()}
+    objects = {}
+    for family, (sizes, auto_classes) in families.items():
+        config = AutoConfig.for_model(family, **sizes)
+        made = {"AutoConfig.for_model": config, "AutoConfig": AutoConfig.from_pretrained(os.path.join(folder, family))}
+        made["AutoTokenizer"] = AutoTokenizer.from_pretrained(os.path.join(folder, family))
+        for name in auto_classes:
+            made[name] = getattr(transformers, name).from_config(config)
+        objects[family] = {name: f"{type(value).__module__}.{type(value).__qualname__}" for name, value in made.items()}
+    return objects
 
 results, names = {}, list(orders)
 for pair in zip(names[::2], names[1::2] + [None] * (len(names) % 2)):
@@ -77,19 +91,24 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def observations(tmp_path_factory) -> dict:
-    """Order of imports -> {Auto class: class of the object it made} or a traceback."""
+    """Order of imports -> family -> {Auto class: class of the object it made}, or a traceback."""
     folder = tmp_path_factory.mktemp("registration")
-    hepzoo.CMHCADircConfig(**TINY).save_pretrained(folder / "model")
-    hepzoo.CMHCADircTokenizer().save_pretrained(folder / "model")
-    result = run_python(RUN_ORDERS, folder, json.dumps(ORDERS), folder / "model", json.dumps(TINY))
+    families = {}
+    for family in FAMILIES:
+        if family.model_type in SIZES:
+            family.load(family.config)(**SIZES[family.model_type]).save_pretrained(folder / family.model_type)
+            family.load(family.tokenizer)().save_pretrained(folder / family.model_type)
+            families[family.model_type] = (SIZES[family.model_type], [auto_class for auto_class, _ in family.models])
+    result = run_python(RUN_ORDERS, folder, json.dumps(ORDERS), folder, json.dumps(families))
     return json.loads(checked(result))
 
 
+@pytest.mark.parametrize("model_type", SIZES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_auto_class_makes_our_classes_in_any_order_of_imports(observations, order):
+def test_every_auto_class_makes_our_classes_in_any_order_of_imports(observations, order, model_type):
     classes = observations[order]
     assert isinstance(classes, dict), classes
-    (family,) = (family for family in FAMILIES if family.model_type == "cmhca_dirc")
+    (family,) = (family for family in FAMILIES if family.model_type == model_type)
     expected = {
         "AutoConfig.for_model": f"{family.configuration_module}.{family.config}",
         "AutoConfig": f"{family.configuration_module}.{family.config}",
@@ -97,7 +116,7 @@ def test_every_auto_class_makes_our_classes_in_any_order_of_imports(observations
     }
     for auto_class, model in family.models:
         expected[auto_class] = f"{family.modeling_module}.{model}"
-    assert classes == expected
+    assert classes[model_type] == expected
 
 
 def test_import_of_hepzoo_imports_nothing_heavy(tmp_path):
