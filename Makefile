@@ -43,6 +43,8 @@ bench: install
 	$(BIN)/python benchmarks/tokenization.py
 	$(BIN)/python benchmarks/generation.py --family cmhca_dirc
 	$(BIN)/python benchmarks/training.py --family cmhca_dirc
+	$(BIN)/python benchmarks/generation.py --family spade
+	$(BIN)/python benchmarks/training.py --family spade
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -2,6 +2,7 @@
 Generation speed against the way the reference computes: same weights, same machine, one run.
 
     python benchmarks/generation.py --family cmhca_dirc
+    python benchmarks/generation.py --family spade
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -144,19 +145,33 @@ def growth(model, batch: int, sampling: dict, arguments: argparse.Namespace):
     print(", ".join(spans))
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc}
+def benchmark_spade(arguments: argparse.Namespace) -> dict:
+    from spade import benchmark_generation
+
+    return benchmark_generation(arguments)
+
+
+BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade}
+# batch sizes, photons of a track or hits of a shower, positions at which the reference's step is timed
+DEFAULTS = {
+    "cmhca_dirc": {"batches": [1, 8, 64], "length": 100, "points": 9},
+    "spade": {"batches": [1, 32], "length": 200, "points": 7},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, choices=sorted(BENCHMARKS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="the last one is reported as JSON")
-    parser.add_argument("--length", type=int, default=100, help="photons per track (default 100)")
+    parser.add_argument("--batches", type=int, nargs="+", help="the last one is reported as JSON")
+    parser.add_argument("--length", type=int, help="photons per track (default 100), hits per shower (200)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--points", type=int, default=9, help="lengths at which the reference's step is timed")
+    parser.add_argument("--points", type=int, help="lengths at which the reference's step is timed")
     parser.add_argument("--num_experts", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    for name, value in DEFAULTS[arguments.family].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     result = BENCHMARKS[arguments.family](arguments)
     print(json.dumps(result))
     return 0

@@ -2,6 +2,7 @@
 Training step against the way the reference computes: same weights, same batch, one run.
 
     python benchmarks/training.py --family cmhca_dirc
+    python benchmarks/training.py --family spade
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -125,16 +126,26 @@ def benchmark_cmhca_dirc(arguments: argparse.Namespace) -> dict:
     return {"family": "cmhca_dirc", **result, "batch": arguments.batch, "length": arguments.length}
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc}
+def benchmark_spade(arguments: argparse.Namespace) -> dict:
+    from spade import benchmark_training
+
+    return benchmark_training(arguments)
+
+
+BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade}
+# tracks or showers of a batch (the published ones)
+DEFAULT_BATCH = {"cmhca_dirc": 64, "spade": 4}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, choices=sorted(BENCHMARKS))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--length", type=int, default=250, help="tokens counted from SOS (default 250)")
+    parser.add_argument("--batch", type=int, help="default 64 tracks, 4 showers")
+    parser.add_argument("--length", type=int, default=250, help="cmhca_dirc: tokens counted from SOS (default 250)")
+    parser.add_argument("--batches", type=int, default=4, help="spade: batches of different showers (default 4)")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args(argv)
+    arguments.batch = arguments.batch or DEFAULT_BATCH[arguments.family]
     result = BENCHMARKS[arguments.family](arguments)
     print(json.dumps(result))
     return 0
