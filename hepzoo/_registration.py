@@ -63,6 +63,22 @@ FAMILIES = (
         models=(("AutoModel", "SpadeModel"), ("AutoModelForCausalLM", "SpadeForCausalLM")),
         tokenizer="SpadeTokenizer",
     ),
+    Family(
+        model_type="omnijet_vqvae",
+        config="OmniJetVQVAEConfig",
+        models=(("AutoModel", "OmniJetVQVAEModel"),),
+    ),
+    Family(
+        model_type="omnijet",
+        config="OmniJetConfig",
+        models=(
+            ("AutoModel", "OmniJetModel"),
+            ("AutoModelForCausalLM", "OmniJetForCausalLM"),
+            ("AutoModelForSequenceClassification", "OmniJetForSequenceClassification"),
+            ("AutoModelForPreTraining", "OmniJetForPreTraining"),
+        ),
+        tokenizer="OmniJetTokenizer",
+    ),
 )
 
 

@@ -10,7 +10,11 @@ import hepzoo
 COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
     "simulate": (
         "simulate detector data with the embedded simulators",
-        {"dirc": "hepzoo.data_scripts.simulate_dirc", "showers": "hepzoo.data_scripts.simulate_showers"},
+        {
+            "dirc": "hepzoo.data_scripts.simulate_dirc",
+            "showers": "hepzoo.data_scripts.simulate_showers",
+            "jets": "hepzoo.data_scripts.simulate_jets",
+        },
     ),
     "generate": (
         "generate physics data with a trained model",
@@ -19,15 +23,30 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
     "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
     "evaluate": (
         "compare generated with real data, measure separation power",
-        {"dirc": "hepzoo.evaluation.evaluate_dirc", "showers": "hepzoo.evaluation.evaluate_showers"},
+        {
+            "dirc": "hepzoo.evaluation.evaluate_dirc",
+            "showers": "hepzoo.evaluation.evaluate_showers",
+            "jets": "hepzoo.evaluation.evaluate_jets",
+            "tokens": "hepzoo.evaluation.token_quality",
+        },
     ),
     "plot": (
         "draw hit patterns, profiles, spectra, yields and ratios",
-        {"dirc": "hepzoo.evaluation.plot_dirc", "showers": "hepzoo.evaluation.plot_showers"},
+        {
+            "dirc": "hepzoo.evaluation.plot_dirc",
+            "showers": "hepzoo.evaluation.plot_showers",
+            "jets": "hepzoo.evaluation.plot_jets",
+        },
     ),
     "convert-data": (
         "published data sets to sharded Parquet",
-        {"fm4dirc": "hepzoo.data_scripts.convert_fm4dirc", "showers": "hepzoo.data_scripts.convert_showers"},
+        {
+            "fm4dirc": "hepzoo.data_scripts.convert_fm4dirc",
+            "showers": "hepzoo.data_scripts.convert_showers",
+            "jetclass": "hepzoo.data_scripts.convert_jetclass",
+            "aspenopenjets": "hepzoo.data_scripts.convert_aspenopenjets",
+            "toptagging": "hepzoo.data_scripts.convert_toptagging",
+        },
     ),
 }
 
@@ -35,16 +54,22 @@ EXAMPLES = """\
 examples:
   hepzoo simulate dirc --output data/dirc --n_tracks 10000 --method MixPiK --momentum 1-10 --theta 25-160
   hepzoo simulate showers --output data/showers --n_showers 10000 --energy 10-100
+  hepzoo simulate jets --output data/jets --classes QCD,Tbqq --n_jets 1000
   hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
   hepzoo generate showers --model spade --n_showers 1000 --energy 10-100 --output generated
   hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade
+  hepzoo convert omnijet --checkpoint model_ckpt.ckpt --config config.yaml --output jet_tokenizer
   hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
   hepzoo convert-data showers gamma-fullG4.hdf5 --output data/showers
+  hepzoo convert-data jetclass TTBar_000.root ZJetsToNuNu_000.root --output data/jets
   hepzoo evaluate dirc --real data/dirc --generated generated
   hepzoo evaluate showers --real data/validation.parquet --generated generated
   hepzoo plot dirc --real data/dirc --generated generated --output plots
+  hepzoo evaluate jets --real data/jets --generated generated
+  hepzoo evaluate tokens --original data/jets --reconstructed reconstructed
   hepzoo plot showers --real data/validation.parquet --generated generated --output plots
+  hepzoo plot jets --real data/jets --generated generated --output plots
 
 `hepzoo COMMAND --help` shows the options and examples of a command."""
 

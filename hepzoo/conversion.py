@@ -21,6 +21,8 @@ examples:
   hepzoo convert cmhca_dirc --checkpoint tests/golden/dirc_dense/state_dict.safetensors \\
       --config tests/golden/dirc_dense/config.json --output dense
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade_x1
+  hepzoo convert omnijet --checkpoint vqvae_8192_tokens/model_ckpt.ckpt --config vqvae_8192_tokens/config.yaml \\
+      --output jet_tokenizer
 """
 
 
@@ -135,7 +137,55 @@ def convert_spade(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]
     return model, tokenizer
 
 
-FAMILIES = {"cmhca_dirc": convert_cmhca_dirc, "spade": convert_spade}
+def convert_omnijet(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
+    """
+    A reference checkpoint of the OmniJet lineage: a tokenizer network (with the tokenizer built on it), or a generator,
+    classifier, stand-alone tagger or hybrid, whose tokenizer is that of its tokenizer network.
+    """
+    from hepzoo.modeling import conversion_omnijet_gpt, conversion_omnijet_vqvae, modeling_omnijet
+    from hepzoo.modeling.conversion_common import convert_state_dict
+    from hepzoo.modeling.modeling_omnijet_vqvae import OmniJetVQVAEModel
+    from hepzoo.tokenization.tokenization_omnijet import OmniJetTokenizer
+
+    reference_config = load_reference_config(config)
+    reference = load_checkpoint(checkpoint)
+    is_vqvae = any(name.endswith("vqlayer.codebook.weight") for name in reference)
+    tokenizer = None
+    try:
+        if is_vqvae:
+            state_dict = convert_state_dict(reference, conversion_omnijet_vqvae.KEY_PATTERNS)
+            model = OmniJetVQVAEModel(conversion_omnijet_vqvae.convert_config(reference_config, state_dict)).eval()
+        else:
+            state_dict = conversion_omnijet_gpt.convert_parameters(reference)
+            model_config = conversion_omnijet_gpt.convert_config(
+                reference_config, state_dict, reference.get("criterion.weight")
+            )
+            model_class = getattr(modeling_omnijet, conversion_omnijet_gpt.architecture_of(state_dict))
+            model = model_class(model_config).eval()
+        load_strictly(model, state_dict, str(checkpoint))
+        features = conversion_omnijet_vqvae.convert_features(reference_config) if is_vqvae else None
+        if features is not None:
+            is_shower = "z" in features
+            tokenizer = OmniJetTokenizer(
+                features,
+                vqvae=model,
+                separate_pad_id=False,
+                **({"sorting": "energy", "model_max_length": 1700} if is_shower else {}),
+            )
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    if model.can_generate():
+        for name, value in conversion_omnijet_gpt.convert_generation_settings(reference_config).items():
+            setattr(model.generation_config, name, value)
+    return model, tokenizer
+
+
+FAMILIES = {"cmhca_dirc": convert_cmhca_dirc, "spade": convert_spade, "omnijet": convert_omnijet}
+# what to do where a checkpoint does not bring its tokenizer
+WITHOUT_TOKENIZER = {
+    "cmhca_dirc": "its vocabulary is not that of the hpDIRC plane; save a CMHCADircTokenizer with your geometry there",
+    "omnijet": "it belongs to the tokenizer network; convert that, and save its OmniJetTokenizer there too",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -170,8 +220,5 @@ def main(argv: list[str] | None = None) -> int:
         shutil.move(staging, output)
     print(f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters")
     if tokenizer is None:
-        print(
-            f"{output}: no tokenizer written, the vocabulary of {model.config.vocab_size} is not that of the hpDIRC "
-            "plane; save a CMHCADircTokenizer with your geometry there"
-        )
+        print(f"{output}: no tokenizer written, {WITHOUT_TOKENIZER[arguments.family]}")
     return 0
