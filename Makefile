@@ -45,6 +45,8 @@ bench: install
 	$(BIN)/python benchmarks/training.py --family cmhca_dirc
 	$(BIN)/python benchmarks/generation.py --family spade
 	$(BIN)/python benchmarks/training.py --family spade
+	$(BIN)/python benchmarks/generation.py --family omnijet
+	$(BIN)/python benchmarks/training.py --family omnijet
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

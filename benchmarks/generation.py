@@ -3,6 +3,7 @@ Generation speed against the way the reference computes: same weights, same mach
 
     python benchmarks/generation.py --family cmhca_dirc
     python benchmarks/generation.py --family spade
+    python benchmarks/generation.py --family omnijet
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -151,11 +152,19 @@ def benchmark_spade(arguments: argparse.Namespace) -> dict:
     return benchmark_generation(arguments)
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade}
+def benchmark_omnijet(arguments: argparse.Namespace) -> dict:
+    from omnijet import benchmark_generation
+
+    return benchmark_generation(arguments)
+
+
+BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade, "omnijet": benchmark_omnijet}
 # batch sizes, photons of a track or hits of a shower, positions at which the reference's step is timed
 DEFAULTS = {
     "cmhca_dirc": {"batches": [1, 8, 64], "length": 100, "points": 9},
     "spade": {"batches": [1, 32], "length": 200, "points": 7},
+    # jets of 64 constituents, then showers of 200 hits (omnijet.py)
+    "omnijet": {"points": 7},
 }
 
 
@@ -166,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, help="photons per track (default 100), hits per shower (200)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--points", type=int, help="lengths at which the reference's step is timed")
+    parser.add_argument("--codes", type=int, help="omnijet: only this number of codes (default 8192 and 65536)")
     parser.add_argument("--num_experts", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -3,6 +3,7 @@ Training step against the way the reference computes: same weights, same batch, 
 
     python benchmarks/training.py --family cmhca_dirc
     python benchmarks/training.py --family spade
+    python benchmarks/training.py --family omnijet
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -132,15 +133,21 @@ def benchmark_spade(arguments: argparse.Namespace) -> dict:
     return benchmark_training(arguments)
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade}
-# tracks or showers of a batch (the published ones)
-DEFAULT_BATCH = {"cmhca_dirc": 64, "spade": 4}
+def benchmark_omnijet(arguments: argparse.Namespace) -> dict:
+    from omnijet import benchmark_training
+
+    return benchmark_training(arguments)
+
+
+BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade, "omnijet": benchmark_omnijet}
+# tracks, showers or jets of a batch (the first two as published)
+DEFAULT_BATCH = {"cmhca_dirc": 64, "spade": 4, "omnijet": 64}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, choices=sorted(BENCHMARKS))
-    parser.add_argument("--batch", type=int, help="default 64 tracks, 4 showers")
+    parser.add_argument("--batch", type=int, help="default 64 tracks, 4 showers, 64 jets")
     parser.add_argument("--length", type=int, default=250, help="cmhca_dirc: tokens counted from SOS (default 250)")
     parser.add_argument("--batches", type=int, default=4, help="spade: batches of different showers (default 4)")
     parser.add_argument("--repeats", type=int, default=3)

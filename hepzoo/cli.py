@@ -18,7 +18,11 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
     ),
     "generate": (
         "generate physics data with a trained model",
-        {"dirc": "hepzoo.training.generate", "showers": "hepzoo.training.generate_showers"},
+        {
+            "dirc": "hepzoo.training.generate",
+            "showers": "hepzoo.training.generate_showers",
+            "jets": "hepzoo.training.generate_jets",
+        },
     ),
     "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
     "evaluate": (

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin, LogitsProcessor
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -276,10 +276,14 @@ class OmniJetModel(OmniJetPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         query_mask = None
-        if self.config.mask_padded_queries and attention_mask is not None:
-            query_mask, attention_mask = attention_mask[:, -inputs_embeds.shape[1] :], None
-        elif self._needs_no_mask(attention_mask, inputs_embeds):
-            attention_mask = None
+        # `generate` with a static cache has made the whole mask already, (batch, 1, queries, keys)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if self.config.mask_padded_queries:
+                query_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+                # no published prompt has padding in front: there it is not attended to, as in every other model
+                attention_mask = attention_mask.cummax(dim=-1).values if self.config.is_causal else None
+            if self._needs_no_mask(attention_mask, inputs_embeds):
+                attention_mask = None
         create_mask = create_causal_mask if self.config.is_causal else create_bidirectional_mask
         attention_mask = create_mask(
             config=self.config,
@@ -418,6 +422,8 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             input_ids = torch.tensor([[self.config.bos_token_id]], device=self.device)
+        if input_ids is not None:
+            check_prompt(input_ids, self.config.vocab_size)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id == self.config.bos_token_id:
             # the last of the leading ids that are padding and start at once is the start
             has_begun = (input_ids != self.config.pad_token_id).cummax(dim=-1).values
@@ -462,8 +468,13 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
         # the bookkeeping of autograd is a part of a step, even under `no_grad`
         with torch.inference_mode():
             decoder = OmniJetDecoder(self, cache)
+            processors = later_processors = logits_processor
+            if logits_processor and type(logits_processor[0]) is ForbiddenTokensLogitsProcessor:
+                # the decoder forbids them itself, without a copy of all scores
+                decoder.forbid(logits_processor[0].token_ids)
+                later_processors = LogitsProcessorList(logits_processor[1:])
             while True:
-                scores = logits_processor(input_ids, logits.float())
+                scores = processors(input_ids, logits.float())
                 next_ids = sample_from_scores(scores) if generation_config.do_sample else scores.argmax(dim=-1)
                 input_ids = torch.cat([input_ids, torch.where(unfinished, next_ids, pad)[:, None]], dim=1)
                 unfinished = unfinished & ~stopping_criteria(input_ids, None)
@@ -477,6 +488,7 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
                     rows, input_ids = rows[unfinished], input_ids[unfinished]
                     unfinished = unfinished[unfinished]
                 logits = decoder(input_ids[:, -1])
+                processors = later_processors
         parts.append((rows, input_ids))
         # made here, because what was made in inference mode cannot be used in training
         sequences = torch.full((num_rows, input_ids.shape[1]), pad, device=input_ids.device)
@@ -484,10 +496,18 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
             sequences[part_rows.clone(), : part_ids.shape[1]] = part_ids.clone()
         return sequences
 
+    def _merged_projections(self) -> list[nn.Module]:
+        """The layers of which `OmniJetDecoder` takes the weights instead of calling them."""
+        attentions = [layer.self_attn for layer in self.model.layers]
+        projections = [
+            part for attention in attentions for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        return [*projections, self.lm_head]
+
     def _decodes_directly(self, input_ids: torch.LongTensor, generation_config, model_kwargs: dict) -> bool:
         """
         Whether `OmniJetDecoder` can stand in for `forward`: no padding, a plain growing cache of our own, nothing
-        recorded, returned or hooked.
+        recorded, returned or hooked, no adapter or quantised weight.
         """
         cache = model_kwargs.get("past_key_values")
         attention_mask = model_kwargs.get("attention_mask")
@@ -502,6 +522,7 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
             and (attention_mask is None or bool((attention_mask == 1).all()))
             and not hasattr(self, "hf_device_map")
             and not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+            and all(map(_is_plain, self._merged_projections()))
         )
 
 
@@ -525,6 +546,11 @@ class OmniJetDecoder:
             weights = torch.cat([query_weight, attention.k_proj.weight, attention.v_proj.weight])
             self.qkv_weights.append(weights.t().contiguous())
         self.output_weight = model.lm_head.weight.t().contiguous()
+        self.output_bias = model.lm_head.bias
+
+    def forbid(self, token_ids: torch.LongTensor):
+        """Gives these ids the logit -inf from now on."""
+        self.output_bias = self.output_bias.index_fill(0, token_ids.to(self.output_bias.device), -torch.inf)
 
     def __call__(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
         """Takes the last id of every row, (batch,), returns logits, (batch, vocab)."""
@@ -533,7 +559,7 @@ class OmniJetDecoder:
         for index, layer in enumerate(base.layers):
             hidden_states = layer.post_attention_norm(hidden_states + self.attend(index, layer, hidden_states))
             hidden_states = layer.post_mlp_norm(hidden_states + layer.mlp(hidden_states))
-        return torch.addmm(self.model.lm_head.bias, hidden_states, self.output_weight)
+        return torch.addmm(self.output_bias, hidden_states, self.output_weight)
 
     def attend(self, index: int, layer: OmniJetLayer, hidden_states: torch.Tensor) -> torch.Tensor:
         batch_size, size = hidden_states.shape
@@ -544,6 +570,11 @@ class OmniJetDecoder:
         weights = torch.bmm(query.reshape(-1, 1, head_dim), keys.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
         output = torch.bmm(weights, values.flatten(0, 1)).view(batch_size, size)
         return layer.self_attn.o_proj(output)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Neither wrapped by an adapter, whose weight is that of the wrapped layer, nor quantised."""
+    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
 
 
 def setting(generation_config, name: str):
@@ -689,6 +720,14 @@ class OmniJetForPreTraining(OmniJetPreTrainedModel):
             raise ValueError(f"`jet_features` has shape {shape}, expected {(batch_size, config.num_jet_features)}")
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=particle_features.device)
+        for name, values in (
+            ("attention_mask", attention_mask),
+            ("masked_positions", masked_positions),
+            ("generation_labels", generation_labels),
+            ("masked_labels", masked_labels),
+        ):
+            if values is not None and tuple(values.shape) != (batch_size, length):
+                raise ValueError(f"`{name}` has shape {tuple(values.shape)}, expected {(batch_size, length)}")
         is_real = attention_mask.bool()
         if masked_positions is not None:
             is_masked = masked_positions.bool() & is_real
@@ -786,6 +825,17 @@ def check_inputs(inputs: torch.Tensor | None, name: str, num_features: int | Non
     is_right = inputs.ndim == 2 if num_features is None else inputs.ndim == 3 and inputs.shape[-1] == num_features
     if not is_right:
         raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}, expected {expected}")
+
+
+def check_prompt(input_ids: torch.Tensor, vocab_size: int):
+    """Ids (batch, length) of the vocabulary; on an accelerator any other id would end the process."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+        found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"`input_ids` is {found}, expected a tensor (batch, length)")
+    if input_ids.numel() > 0 and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise ValueError(
+            f"`input_ids` has ids from {int(input_ids.min())} to {int(input_ids.max())}, expected 0 to {vocab_size - 1}"
+        )
 
 
 def check_architecture(config: OmniJetConfig, class_name: str, *architectures: str):

@@ -106,22 +106,29 @@ class OmniJetTokenizer(PreTrainedTokenizer):
         # A list, because the keys of a mapping are saved in alphabetical order.
         self.features = [feature.settings() for feature in self._features]
         self.feature_names = [feature.name for feature in self._features]
+        if vqvae is not None and not hasattr(vqvae, "config"):
+            raise ValueError(f"vqvae must be an OmniJetVQVAEModel, got {short_repr(vqvae)}")
         if codebook_size is None:
             codebook_size = 8192 if vqvae is None else vqvae.config.codebook_size
         self.codebook_size = check_integer("codebook_size", codebook_size, 2)
-        self.separate_pad_id = bool(separate_pad_id)
+        if not isinstance(separate_pad_id, bool):
+            raise ValueError(f"separate_pad_id must be True or False, got {short_repr(separate_pad_id)}")
+        self.separate_pad_id = separate_pad_id
         if sorting not in (None, "random", *self.feature_names):
             raise ValueError(
                 f"sorting must be None, 'random' or one of {', '.join(self.feature_names)}, got {sorting!r}"
             )
         self.sorting = sorting
         self.seed = check_integer("seed", seed, 0)
+        if isinstance(label_names, str) or not isinstance(label_names, Sequence):
+            raise ValueError(f"label_names must be a list of names, got {short_repr(label_names)}")
         self.label_names = [str(name) for name in label_names]
         if len(set(self.label_names)) != len(self.label_names):
             raise ValueError(f"label_names must differ, got {self.label_names}")
         self.dropped: Counter = Counter()
         self._generator: np.random.Generator | None = None
         self._vqvae = None
+        self._source: dict[str, Any] | None = None
         if vqvae is not None:
             self.vqvae = vqvae
 
@@ -159,26 +166,55 @@ class OmniJetTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"vqvae has {name} = {getattr(model.config, name)}, but the tokenizer has {expected}")
         self._vqvae = model.eval()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *inputs, **kwargs):
+        """As that of `PreTrainedTokenizer`. The VQ-VAE comes later, from the same folder or revision."""
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+        options = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+        is_folder = Path(pretrained_model_name_or_path).is_dir()
+        tokenizer._source = {
+            # the working directory may change before the VQ-VAE is needed
+            "name": str(Path(pretrained_model_name_or_path).resolve() if is_folder else pretrained_model_name_or_path),
+            **{name: kwargs[name] for name in options if kwargs.get(name) is not None},
+        }
+        return tokenizer
+
+    def _vqvae_folder(self) -> Path | None:
+        """Where the VQ-VAE lies that was saved with the tokenizer; `None` if it was saved without."""
+        if self._source is None:
+            return None
+        options = dict(self._source)
+        root, inside = Path(options.pop("name")), Path(options.pop("subfolder", "")) / VQVAE_FOLDER
+        if not root.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                patterns = f"{inside.as_posix()}/*"
+                root = Path(snapshot_download(self._source["name"], allow_patterns=patterns, **options))
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{self.name_or_path}: cannot get the folder {VQVAE_FOLDER} ({reason})") from None
+        return root / inside if (root / inside / "config.json").is_file() else None
+
     def _load_vqvae(self) -> Any:
-        if not self.name_or_path:
-            raise ValueError("the tokenizer has no VQ-VAE; give it one: OmniJetTokenizer(vqvae=model)")
-        from huggingface_hub import snapshot_download
         from transformers import AutoModel
 
+        if self._source is None:
+            raise ValueError("the tokenizer has no VQ-VAE; give it one: OmniJetTokenizer(vqvae=model)")
+        folder = self._vqvae_folder()
+        if folder is None:
+            raise ValueError(f"{self.name_or_path}: no VQ-VAE in the folder {VQVAE_FOLDER}")
         # code that came with the tokenizer was trusted when the tokenizer was loaded
         trust = True if __name__.startswith("transformers_modules.") else None
         try:
-            folder = Path(self.name_or_path)
-            if not folder.is_dir():
-                folder = Path(snapshot_download(self.name_or_path, allow_patterns=f"{VQVAE_FOLDER}/*"))
-            return AutoModel.from_pretrained(folder / VQVAE_FOLDER, trust_remote_code=trust)
+            return AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.name_or_path}: no VQ-VAE in the folder {VQVAE_FOLDER} ({reason})") from None
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the VQ-VAE, which is the vocabulary, into the folder `vqvae`."""
-        if self._vqvae is None and not self.name_or_path:
+        if self._vqvae is None and self._vqvae_folder() is None:
             return ()
         folder = Path(save_directory) / VQVAE_FOLDER
         self.vqvae.save_pretrained(folder)
@@ -615,7 +651,10 @@ class OmniJetTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: a wrong shape, an id outside the vocabulary, or a feature that is not finite.
         """
-        ids, lengths = flatten_ids(getattr(sequences, "sequences", sequences), [self.vocab_size], ["token"])
+        sequences = getattr(sequences, "sequences", sequences)
+        if not hasattr(sequences, "__iter__") or getattr(sequences, "ndim", 2) == 0:
+            raise ValueError(f"sequences must be ids of shape (batch, length), got {short_repr(sequences)}")
+        ids, lengths = flatten_ids(sequences, [self.vocab_size], ["token"])
         ids = ids[:, 0]
         count = len(lengths)
         owner = np.repeat(np.arange(count), lengths)
@@ -660,6 +699,8 @@ class OmniJetTokenizer(PreTrainedTokenizer):
 
     def decode(self, token_ids: Any, **kwargs) -> dict[str, Any]:
         """One sequence (length,) -> one record. A batch is passed on to `batch_decode`, whose arguments this takes."""
+        if not hasattr(token_ids, "__len__") or getattr(token_ids, "ndim", 1) == 0:
+            raise ValueError(f"token_ids must be ids of shape (length,), got {short_repr(token_ids)}")
         if hasattr(token_ids, "sequences") or len(token_ids) and np.ndim(token_ids[0]) == 1:
             return self.batch_decode(token_ids, **kwargs)
         columns = self.batch_decode([token_ids], **kwargs)

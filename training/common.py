@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hepzoo.training.data import InputError, _scalar, parse_assignments
+from hepzoo.training.ranger import Ranger, check_lookahead
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +61,12 @@ class ModelArguments:
         default=None, metadata={"help": "Arguments of the family's default tokenizer, as name=value,... or JSON."}
     )
     optimizer: str | None = field(
-        default=None, metadata={"help": "radam (torch.optim.RAdam); by default --optim decides.", "choices": ["radam"]}
+        default=None,
+        metadata={
+            "help": "radam (torch.optim.RAdam), ranger (RAdam in Lookahead; --optim_args alpha=0.5,k=6); by default "
+            "--optim decides.",
+            "choices": ["radam", "ranger"],
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa (default), eager, ..."})
     dtype: str | None = field(default=None, metadata={"help": "Type of the weights: float32 (default), bfloat16."})
@@ -198,7 +204,7 @@ def run_script(main: Callable[[], int | None], name: str) -> None:
 
 
 def load_config_and_tokenizer(
-    model_args: ModelArguments, **overrides: Any
+    model_args: ModelArguments, default_tokenizer: type | None = None, **overrides: Any
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """
     Configuration and tokenizer of the model to train, made to agree.
@@ -207,6 +213,7 @@ def load_config_and_tokenizer(
     conditioning, length), and a default tokenizer follows `--config_overrides`.
 
     Args:
+        default_tokenizer: class for a family that none is registered for.
         overrides: configuration values of the script, weaker than `--config_overrides`.
 
     Raises:
@@ -233,7 +240,7 @@ def load_config_and_tokenizer(
     if unknown:
         raise InputError(f"--config_overrides: {type(config).__name__} has no {unknown[0]}")
 
-    tokenizer = load_tokenizer(model_args, config)
+    tokenizer = load_tokenizer(model_args, config, default_tokenizer)
     if source == "model_type":
         shared = {key: value for key, value in _tokenizer_facts(tokenizer).items() if key in known}
         config = build(**shared)
@@ -241,7 +248,9 @@ def load_config_and_tokenizer(
     return config, tokenizer
 
 
-def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_args: ModelArguments, config: PreTrainedConfig, default_tokenizer: type | None = None
+) -> PreTrainedTokenizerBase:
     """
     `--tokenizer_name`, else the tokenizer saved with the model, else the family's own built for `config`.
 
@@ -261,7 +270,7 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreT
         except (ValueError, OSError, TypeError, KeyError) as error:
             raise InputError(f"--{option} {name}: no tokenizer: {_one_line(error)}") from error
     try:
-        tokenizer_class = TOKENIZER_MAPPING[type(config)]
+        tokenizer_class = default_tokenizer or TOKENIZER_MAPPING[type(config)]
     except KeyError:
         raise InputError(f"{config.model_type} has no default tokenizer, set --tokenizer_name") from None
     if isinstance(tokenizer_class, tuple):
@@ -312,13 +321,18 @@ def check_agreement(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def load_model(
-    auto_class: Any, model_args: ModelArguments, config: PreTrainedConfig, freeze_backbone: bool = False
+    auto_class: Any,
+    model_args: ModelArguments,
+    config: PreTrainedConfig,
+    freeze_backbone: bool = False,
+    **changes: Any,
 ) -> Any:
     """
     The model of `auto_class`, with fresh weights unless `--model_name_or_path` is given.
 
     Args:
         freeze_backbone: train only what the checkpoint did not have (heads, cls token) and the heads.
+        changes: configuration values of the script, stronger than `config` and `--config_overrides`.
 
     Raises:
         InputError: it cannot be loaded.
@@ -332,6 +346,8 @@ def load_model(
     if freeze_backbone and model_args.model_name_or_path is None:
         raise InputError("--freeze_backbone: fresh weights need training, set --model_name_or_path")
     try:
+        if changes:
+            config.update(changes)
         if model_args.model_name_or_path is None:
             return auto_class.from_config(config, dtype=dtype, trust_remote_code=model_args.trust_remote_code, **kwargs)
         model_class = auto_class._model_mapping.get(type(config), None)
@@ -341,7 +357,7 @@ def load_model(
         else:
             # The class reads the stored configuration itself: a head on a generator may have to change it, for
             # example when it averages experts.
-            kwargs.update(parse_assignments(model_args.config_overrides, "config_overrides"))
+            kwargs.update({**parse_assignments(model_args.config_overrides, "config_overrides"), **changes})
         model, info = model_class.from_pretrained(
             model_args.model_name_or_path, dtype=dtype, output_loading_info=True, **model_args.hub_kwargs(), **kwargs
         )
@@ -355,14 +371,30 @@ def load_model(
 
 
 def optimizer_arguments(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[type, dict] | None:
-    """`optimizer_cls_and_kwargs` of `Trainer` for `--optimizer`; None leaves the choice to `--optim`."""
+    """
+    `optimizer_cls_and_kwargs` of `Trainer` for `--optimizer`; None leaves the choice to `--optim`.
+
+    Raises:
+        InputError: `--optim_args` are not those of Ranger.
+    """
     if model_args.optimizer is None:
         return None
-    return torch.optim.RAdam, {
+    kwargs = {
         "lr": training_args.learning_rate,
         "betas": (training_args.adam_beta1, training_args.adam_beta2),
         "eps": training_args.adam_epsilon,
     }
+    if model_args.optimizer == "radam":
+        return torch.optim.RAdam, kwargs
+    lookahead = parse_assignments(training_args.optim_args, "optim_args")
+    unknown = sorted(set(lookahead) - {"alpha", "k"})
+    if unknown:
+        raise InputError(f"--optim_args: unknown argument {unknown[0]} of ranger, expected alpha or k")
+    try:
+        check_lookahead(**lookahead)
+    except ValueError as error:
+        raise InputError(f"--optim_args: {error}") from None
+    return Ranger, {**kwargs, **lookahead}
 
 
 def _one_line(error: BaseException) -> str:

@@ -323,6 +323,12 @@ def encode_dataset(
         # a stream may not know its columns before it is read
         "remove_columns": dataset.column_names or list(next(iter(dataset))),
     }
+    if hasattr(type(encoder.tokenizer), "vqvae") and encoder.tokenizer_kwargs.get("return_input_ids", True):
+        # loaded now, its weights enter the fingerprint of the cache: the same folder may hold another network later
+        try:
+            _ = encoder.tokenizer.vqvae
+        except ValueError as error:
+            raise InputError(str(error)) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return dataset.map(encoder, **arguments)
     with training_args.main_process_first(desc=f"tokenising the {encoder.name}"):

@@ -1,12 +1,14 @@
 """
-Train a classifier of whole tracks, for example pions against kaons: from scratch or from a generator.
+Train a classifier of whole tracks or jets, for example pions against kaons: from scratch or from a generator.
 
-Labels are the `class_ids` that the tokenizer reads from the PDG codes. From a generator with experts the experts are
-averaged (arXiv:2505.08736).
+Labels are the `class_ids` that the tokenizer reads from the PDG codes of tracks, or from the one-hot columns of jets.
+From a generator with experts the experts are averaged (arXiv:2505.08736).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import transformers
@@ -33,6 +35,7 @@ from hepzoo.training.common import (
 from hepzoo.training.data import (
     DataTrainingArguments,
     Encoder,
+    InputError,
     PaddingCollator,
     encode_dataset,
     load_raw_datasets,
@@ -54,6 +57,10 @@ examples:
         --test_file test.parquet --do_predict --learning_rate 1e-3 --optimizer radam --output_dir runs/pid
 
   train the head only: --freeze_backbone
+
+  tops against QCD jets (class 1 against class 0), from a generator of jets
+    accelerate launch training/run_classification.py training/configs/omnijet_classifier.yaml \\
+        --model_name_or_path runs/jets --train_file data/train --validation_file data/validation --output_dir runs/top
 """
 
 
@@ -64,15 +71,75 @@ class HeadArguments:
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train only what the generator does not have: the head and the cls token."}
     )
+    classes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Jets: label columns of the classes to tell apart, in the order of the outputs, for example "
+            "label_QCD label_Tbqq. Default: those of the checkpoint, else all that the tokenizer knows."
+        },
+    )
+
+
+@dataclass
+class ClassEncoder(Encoder):
+    """
+    As `Encoder`, with the classes renumbered.
+
+    Args:
+        class_names: of the classes to tell apart, in the order of the outputs; `None` leaves the numbers as they are.
+    """
+
+    class_names: list[str] | None = None
+
+    def __post_init__(self):
+        if self.class_names is not None:
+            # a tokenizer may drop rows: errors name those of the data
+            self.tokenizer_kwargs = {**self.tokenizer_kwargs, "return_row_index": True}
+
+    def __call__(self, columns: Mapping, indices: list[int]) -> dict[str, Any]:
+        encoded = super().__call__(columns, indices)
+        if self.class_names is None or "class_ids" not in encoded:
+            return encoded
+        rows = encoded["row_index"] if self.keep else [indices[row] for row in encoded.pop("row_index")]
+        names = [self.tokenizer.label_names[number] for number in encoded["class_ids"]]
+        for row, name in zip(rows, names, strict=True):
+            if name not in self.class_names:
+                raise InputError(f"{self.name}: row {row}: class {name}, expected one of {', '.join(self.class_names)}")
+        encoded["class_ids"] = [self.class_names.index(name) for name in names]
+        return encoded
 
 
 def build_parser() -> transformers.HfArgumentParser:
     return make_parser(
         (ModelArguments, DataTrainingArguments, HeadArguments, TrainingArguments),
-        description="Train a classifier of tracks. Options are flags or come from a JSON or YAML file given as the "
-        "first argument, which flags override.",
+        description="Train a classifier of tracks or jets. Options are flags or come from a JSON or YAML file given as "
+        "the first argument, which flags override.",
         epilog=EXAMPLES,
     )
+
+
+def choose_classes(wanted: list[str] | None, tokenizer: Any, config: Any) -> list[str] | None:
+    """
+    Names of the classes of a tokenizer that has several (`label_names`): those `wanted`, else those of the checkpoint,
+    else all. `None` for other tokenizers, whose class ids are the labels.
+
+    Raises:
+        InputError: a name is unknown or twice, or there is but one.
+    """
+    known = getattr(tokenizer, "label_names", None)
+    if known is None:
+        if wanted is not None:
+            raise InputError(f"--classes: {type(tokenizer).__name__} has no named classes")
+        return None
+    if wanted is None:
+        stored = [config.id2label[number] for number in sorted(config.id2label)]
+        return stored if set(stored) <= set(known) else list(known)
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"--classes: unknown class {name!r}, expected some of {', '.join(known)}")
+    if len(wanted) < 2 or len(set(wanted)) < len(wanted):
+        raise InputError(f"--classes: expected at least two different classes, got {' '.join(wanted)}")
+    return wanted
 
 
 def rejection_at_efficiency(scores: np.ndarray, labels: np.ndarray, efficiency: float) -> float:
@@ -80,7 +147,7 @@ def rejection_at_efficiency(scores: np.ndarray, labels: np.ndarray, efficiency: 
     Share of class 0 that is rejected by the cut which keeps at least `efficiency` of class 1, TN / (TN + FP).
 
     Args:
-        scores: (tracks,), larger for class 1. labels: (tracks,) 0 or 1.
+        scores: (rows,), larger for class 1. labels: (rows,) 0 or 1.
     """
     signal = np.sort(scores[labels == 1])[::-1]
     cut = signal[int(np.ceil(efficiency * len(signal))) - 1]
@@ -97,7 +164,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     scores = binary_scores(logits)
     metrics = {"accuracy": float(np.mean((scores > 0) == labels))}
     if len(np.unique(labels)) < 2:
-        logger.warning("all tracks are of one class: no area under the curve")
+        logger.warning("all rows are of one class: no area under the curve")
         return metrics
     metrics["auc"] = float(roc_auc_score(labels, scores))
     for percent in (30, 50, 90):
@@ -118,12 +185,17 @@ def main(argv: list[str] | None = None) -> int:
     raw = load_raw_datasets(data_args, training_args, model_args)
     tokenizer_kwargs = parse_assignments(data_args.tokenizer_kwargs, "tokenizer_kwargs")
     labelled = {**tokenizer_kwargs, "return_class_ids": True}
+    class_names = choose_classes(head_args.classes, tokenizer, config)
     encoded = {}
     for name, dataset in (("training data", raw.train), ("validation data", raw.validation)):
         if dataset is not None:
-            encoder = Encoder(tokenizer, name, labelled)
+            encoder = ClassEncoder(tokenizer, name, labelled, class_names=class_names)
             encoded[name] = encode_dataset(dataset, encoder, data_args, training_args)
-    model = load_model(AutoModelForSequenceClassification, model_args, config, head_args.freeze_backbone)
+    labels = {}
+    if class_names is not None:
+        labels["id2label"] = dict(enumerate(class_names))
+        labels["label2id"] = {name: number for number, name in enumerate(class_names)}
+    model = load_model(AutoModelForSequenceClassification, model_args, config, head_args.freeze_backbone, **labels)
     logger.info(
         f"{type(model).__name__}: {model.num_parameters():,} parameters, "
         f"{model.num_parameters(only_trainable=True):,} of them trained"
@@ -168,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.save_metrics("eval", metrics)
         trainer.card["metrics"] = metrics
     if training_args.do_predict:
-        encoder = Encoder(tokenizer, "test data", tokenizer_kwargs, keep=kept)
+        encoder = ClassEncoder(tokenizer, "test data", tokenizer_kwargs, keep=kept, class_names=class_names)
         test = encode_dataset(raw.test, encoder, data_args, training_args)
         output = trainer.predict(test)
         trainer.log_metrics("test", output.metrics)

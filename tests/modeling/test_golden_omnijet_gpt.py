@@ -1,36 +1,30 @@
 """OmniJet generators, classifiers, taggers and the hybrid against the references, through their conversion."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hepzoo.conversion import load_checkpoint, load_reference_config, load_strictly
-from hepzoo.modeling import modeling_omnijet
+import hepzoo
+from hepzoo.conversion import main as convert
 from hepzoo.modeling.conversion_common import convert_key
-from hepzoo.modeling.conversion_omnijet_gpt import (
-    KEY_PATTERNS,
-    architecture_of,
-    convert_config,
-    convert_generation_settings,
-    convert_parameters,
-)
+from hepzoo.modeling.conversion_omnijet_gpt import KEY_PATTERNS
 from tests.golden_sets import GoldenSet
 
 ATTENTION = pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 
 
-def converted(golden: GoldenSet, attn_implementation: str = "sdpa"):
-    checkpoint = golden.path("state_dict.safetensors")
-    reference_config = load_reference_config(golden.path("config.json"))
-    reference = load_checkpoint(checkpoint)
-    state_dict = convert_parameters(reference)
-    config = convert_config(reference_config, state_dict, reference.get("criterion.weight"))
-    config._attn_implementation = attn_implementation
-    model = getattr(modeling_omnijet, architecture_of(state_dict))(config).eval()
-    load_strictly(model, state_dict, checkpoint)
-    for name, value in convert_generation_settings(reference_config).items():
-        setattr(model.generation_config, name, value)
-    return model
+def converted(golden: GoldenSet, folder, attn_implementation: str = "sdpa"):
+    """Model of the golden checkpoint through `hepzoo convert` and `from_pretrained`."""
+    checkpoint, config = golden.path("state_dict.safetensors"), golden.path("config.json")
+    assert convert(["omnijet", "--checkpoint", checkpoint, "--config", config, "--output", str(folder)]) == 0
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, info = getattr(hepzoo, name).from_pretrained(
+        folder, attn_implementation=attn_implementation, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
 
 
 def without_padding(targets, mask):
@@ -38,9 +32,9 @@ def without_padding(targets, mask):
 
 
 @ATTENTION
-def test_golden_omnijet_gpt(attn_implementation):
+def test_golden_omnijet_gpt(attn_implementation, tmp_path):
     with GoldenSet("omnijet_gpt") as golden:
-        model = converted(golden, attn_implementation)
+        model = converted(golden, tmp_path / "converted", attn_implementation)
         ids, mask = golden.inputs["input_ids"], golden.inputs["mask"]
         targets = without_padding(golden.inputs["targets"], mask)
         outputs = model(ids, attention_mask=mask, shift_labels=targets)
@@ -91,9 +85,9 @@ def test_golden_omnijet_gpt(attn_implementation):
 
 @ATTENTION
 @pytest.mark.parametrize("name", ["gpt", "gpt_noncausal"])
-def test_golden_omnijet_c(name, attn_implementation):
+def test_golden_omnijet_c(name, attn_implementation, tmp_path):
     with GoldenSet(f"omnijet_c/{name}") as golden:
-        model = converted(golden, attn_implementation)
+        model = converted(golden, tmp_path / "converted", attn_implementation)
         ids, mask = golden.inputs["input_ids"], golden.inputs["mask"]
         targets = without_padding(golden.inputs["targets"], mask)
         with torch.no_grad():
@@ -115,9 +109,9 @@ def test_golden_omnijet_c(name, attn_implementation):
 
 @ATTENTION
 @pytest.mark.parametrize("name", ["summation", "class_attention"])
-def test_golden_omnijet_classifier_on_the_gpt(name, attn_implementation):
+def test_golden_omnijet_classifier_on_the_gpt(name, attn_implementation, tmp_path):
     with GoldenSet(f"omnijet_classifier/{name}") as golden:
-        model = converted(golden, attn_implementation)
+        model = converted(golden, tmp_path / "converted", attn_implementation)
         ids, mask = golden.inputs["input_ids"], golden.inputs["mask"]
         with torch.no_grad():
             golden.compare("embeddings", model.model(ids, attention_mask=mask).last_hidden_state)
@@ -131,9 +125,9 @@ def test_golden_omnijet_classifier_on_the_gpt(name, attn_implementation):
 
 @ATTENTION
 @pytest.mark.parametrize("name", ["particleflow_continuous", "particleflow_tokens", "normformer_continuous"])
-def test_golden_omnijet_taggers(name, attn_implementation):
+def test_golden_omnijet_taggers(name, attn_implementation, tmp_path):
     with GoldenSet(f"omnijet_classifier/{name}") as golden:
-        model = converted(golden, attn_implementation)
+        model = converted(golden, tmp_path / "converted", attn_implementation)
         inputs = golden.inputs["x"]
         inputs = {"particle_features": inputs} if inputs.is_floating_point() else {"input_ids": inputs.squeeze(-1)}
         with torch.no_grad():
@@ -142,9 +136,9 @@ def test_golden_omnijet_taggers(name, attn_implementation):
 
 @ATTENTION
 @pytest.mark.parametrize("name", ["hybrid", "plain"])
-def test_golden_omnijet_ntp(name, attn_implementation):
+def test_golden_omnijet_ntp(name, attn_implementation, tmp_path):
     with GoldenSet(f"omnijet_ntp/{name}") as golden:
-        model = converted(golden, attn_implementation)
+        model = converted(golden, tmp_path / "converted", attn_implementation)
         inputs = golden.inputs
         is_real, survived = inputs["mask"], inputs["survived_mask"].bool()
         with torch.no_grad():
@@ -169,3 +163,80 @@ def test_golden_omnijet_ntp(name, attn_implementation):
         golden.compare("loss_mpm", outputs.masked_loss)
         golden.compare("loss_class", outputs.class_loss)
         golden.compare("loss", outputs.loss)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_cache": False},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["omnijet_gpt", "omnijet_c/gpt"])
+def test_converted_generators_continue_padded_prompts(name, settings, tmp_path):
+    """Prompts of two lengths in one batch, with every cache, as each on its own: padding in front is never seen."""
+    model = converted(GoldenSet(name), tmp_path / "converted")
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    prompts = [[0, 3, 7, 9, 4], [0, 5]]
+    expected = [model.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
+    padded = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
+    mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
+    with torch.no_grad():
+        alone = model(torch.tensor([prompts[1]])).logits
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[1:, 3:], alone, rtol=1e-4, atol=1e-5)
+    generated = model.generate(padded, attention_mask=mask, **greedy, **settings)
+    assert getattr(generated, "sequences", generated)[:, 5:].tolist() == expected
+
+
+def test_adapters_take_part_in_generation(tmp_path):
+    """The short loop merges weights: a wrapped layer, whose `weight` is that of what it wraps, must not get lost."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, wrapped):
+            super().__init__()
+            self.wrapped = wrapped
+            self.added = torch.nn.Linear(wrapped.in_features, wrapped.out_features)
+
+        @property
+        def weight(self):
+            return self.wrapped.weight
+
+        def forward(self, hidden_states):
+            return self.wrapped(hidden_states) + 3 * self.added(hidden_states)
+
+    model = converted(GoldenSet("omnijet_gpt"), tmp_path / "converted")
+    greedy = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    before = model.generate(**greedy)
+    torch.manual_seed(0)
+    model.model.layers[1].self_attn.v_proj = Adapter(model.model.layers[1].self_attn.v_proj)
+    adapted = model.generate(**greedy)
+    assert not torch.equal(adapted, before)
+    assert torch.equal(adapted, model.generate(**greedy, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([[0, 3]], "is list, expected a tensor"),
+        (torch.tensor([0, 3]), r"is \(2,\), expected a tensor"),
+        (torch.tensor([[0, 50]]), "from 0 to 50, expected 0 to 49"),
+        (torch.tensor([[-1, 3]]), "from -1 to 3, expected 0 to 49"),
+    ],
+)
+def test_hostile_prompts(prompt, message, tmp_path):
+    model = converted(GoldenSet("omnijet_gpt"), tmp_path / "converted")
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "masked_positions", "generation_labels", "masked_labels"])
+def test_hostile_shapes_of_the_hybrid(name, tmp_path):
+    """One value per position: a shape that PyTorch would stretch is an error too."""
+    golden = GoldenSet("omnijet_ntp/hybrid")
+    model = converted(golden, tmp_path / "converted")
+    features = golden.inputs["part_features"]
+    inputs = {name: torch.ones(len(features), 1, dtype=torch.long)}
+    with pytest.raises(ValueError, match=rf"`{name}` has shape"):
+        model(features, jet_features=golden.inputs["jet_features"], **inputs)

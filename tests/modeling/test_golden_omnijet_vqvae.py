@@ -3,12 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
-from hepzoo.conversion import load_checkpoint, load_reference_config, load_strictly
+from hepzoo.conversion import main as convert
 from hepzoo.modeling.conversion_common import convert_state_dict
-from hepzoo.modeling.conversion_omnijet_vqvae import KEY_PATTERNS, convert_config, convert_features
-from hepzoo.modeling.modeling_omnijet_vqvae import OmniJetVQVAEModel
+from hepzoo.modeling.conversion_omnijet_vqvae import KEY_PATTERNS
 from hepzoo.tokenization.jet_features import inverse_transform, make_features, transform
 from tests.golden_sets import GoldenSet
 
@@ -24,25 +23,22 @@ ATTENTION = pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def converted(golden: GoldenSet, folder, attn_implementation: str):
-    """Model of the golden checkpoint, saved and loaded again, and the transforms of its features."""
-    reference_config = load_reference_config(golden.path("config.json"))
-    state_dict = convert_state_dict(load_checkpoint(golden.path("state_dict.safetensors")), KEY_PATTERNS)
-    model = OmniJetVQVAEModel(convert_config(reference_config, state_dict))
-    load_strictly(model, state_dict, str(golden.folder))
-    model.save_pretrained(folder)
-    model, info = AutoModel.from_pretrained(
-        folder, attn_implementation=attn_implementation, output_loading_info=True, trust_remote_code=True
-    )
+def converted(golden: GoldenSet, folder, attn_implementation: str = "sdpa", checkpoint: str | None = None):
+    """Model of the golden checkpoint through `hepzoo convert` and `from_pretrained`, and its features."""
+    checkpoint, config = checkpoint or golden.path("state_dict.safetensors"), golden.path("config.json")
+    assert convert(["omnijet", "--checkpoint", checkpoint, "--config", config, "--output", str(folder)]) == 0
+    model, info = AutoModel.from_pretrained(folder, attn_implementation=attn_implementation, output_loading_info=True)
     assert not any(info.values()), info
-    return model.eval(), make_features(convert_features(reference_config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vqvae.config.codebook_size == tokenizer.codebook_size
+    return model.eval(), make_features(tokenizer.features)
 
 
 @NAMES
 @ATTENTION
 def test_golden_omnijet_vqvae(name, attn_implementation, tmp_path):
     with GoldenSet(name) as golden:
-        model, features = converted(golden, tmp_path, attn_implementation)
+        model, features = converted(golden, tmp_path / "converted", attn_implementation)
         x, mask = golden.inputs["x"], golden.inputs["mask"]
         outputs = model(x, mask)
         golden.compare("z_e", outputs.latents, **TOLERANCE)
@@ -73,10 +69,10 @@ def test_golden_omnijet_vqvae(name, attn_implementation, tmp_path):
 
 
 @NAMES
-def test_golden_omnijet_vqvae_features(name):
+def test_golden_omnijet_vqvae_features(name, tmp_path):
     """The transform of the physical features is the input of the reference's network."""
     golden = GoldenSet(name)
-    features = make_features(convert_features(load_reference_config(golden.path("config.json"))))
+    _, features = converted(golden, tmp_path / "converted")
     mask = golden.inputs["mask"].bool()
     physical = golden.inputs["showers" if name.startswith("omnijet_c") else "x_physical"]
     found = torch.from_numpy(transform(features, physical[mask].double().numpy())).float()
@@ -101,7 +97,7 @@ def test_golden_omnijet_vqvae_from_lightning(tmp_path):
         },
         path,
     )
-    found = convert_state_dict(load_checkpoint(path), KEY_PATTERNS)
-    expected = convert_state_dict(state_dict, KEY_PATTERNS)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    found, _ = converted(golden, tmp_path / "lightning", checkpoint=str(path))
+    expected, _ = converted(golden, tmp_path / "plain")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
