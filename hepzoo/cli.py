@@ -61,6 +61,7 @@ examples:
   hepzoo simulate jets --output data/jets --classes QCD,Tbqq --n_jets 1000
   hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
   hepzoo generate showers --model spade --n_showers 1000 --energy 10-100 --output generated
+  hepzoo generate jets --model jets --n_jets 1000 --axes_from data/jets --output generated
   hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade
   hepzoo convert omnijet --checkpoint model_ckpt.ckpt --config config.yaml --output jet_tokenizer
