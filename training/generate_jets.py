@@ -169,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sampling = parser.add_argument_group("sampling", "default: the generation_config of the model")
     sampling.add_argument("--greedy", action="store_true", help="the most probable code each time, no drawing")
-    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--temperature", type=float, help="divides the logits (default: that of the model)")
     sampling.add_argument("--top_k", type=int, help="codes kept, 0 for all")
     sampling.add_argument("--top_p", type=float, help="probability kept")
     sampling.add_argument("--max_constituents", type=int, help="jets are cut off here (default: as the tokenizer says)")

@@ -777,7 +777,7 @@ def test_a_few_steps_of_training_lower_every_loss(name):
 
 @MODES
 def test_an_overfitted_model_reproduces_its_showers(name):
-    """Streams, energies and the stop of three showers, from nothing but their incident energies."""
+    """The streams of three showers from nothing but their incident energies, and the stop at their last hits."""
     model = make_model(name, stop_dropout=0.0, energy_noise=0.0, stop_pos_weight=5.0)
     inputs = make_batch(quiet_training(model), hits=(4, 6, 5))
     inputs["incident_energy"] = torch.tensor([10.0, 50.0, 90.0])
@@ -787,8 +787,14 @@ def test_an_overfitted_model_reproduces_its_showers(name):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    output = generate(model, incident_energy=inputs["incident_energy"], do_sample=False, stop_threshold=0.5)
-    assert output.num_hits.tolist() == [4, 6, 5]
+    hits = torch.tensor([4, 6, 5])
+    output = generate(model, incident_energy=inputs["incident_energy"], do_sample=False, num_hits=hits)
+    assert torch.equal(output.num_hits, hits)
+    cells, energies, _ = model.undelay(inputs["input_ids"], inputs["hit_energy"], inputs["attention_mask"])
+    index = torch.arange(cells.shape[1]).expand(cells.shape[:2])
+    with torch.no_grad():
+        stops = model.stop_head(cells, energies, inputs["incident_energy"][:, None].expand_as(index), index) > 0
+    assert torch.equal(stops & (index < hits[:, None]), index == hits[:, None] - 1)
     for row, count in enumerate((4, 6, 5)):
         # in training the last positions see that the layers have ended, here the stop is not known yet
         known = model.config.num_registers + 1 + count
