@@ -201,16 +201,19 @@ def _sorted_values(scores: torch.Tensor) -> torch.Tensor:
     return scores.sort(dim=-1).values
 
 
-def sample_from_scores(scores: torch.Tensor) -> torch.Tensor:
+def sample_from_scores(scores: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
     """
     One draw per row from softmax(scores), (batch, vocab) -> (batch,), by inverting the cumulative distribution.
 
     The distribution of `torch.multinomial` with one random number per row instead of one per token.
 
+    Args:
+        batch_size: if the rows are those of several batches behind each other, for the errors.
+
     Raises:
         ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
-    return _draw(scores.softmax(dim=-1))[0]
+    return _draw(scores.softmax(dim=-1), batch_size)[0]
 
 
 def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -228,12 +231,12 @@ def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
     return ids.squeeze(-1)
 
 
-def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(probs: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids, (batch,), and the cumulative distribution, whose memory the caller may use."""
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     if not (total > 0).all():
-        row = int((~(total > 0)).nonzero()[0, 0])
+        row = int((~(total > 0)).nonzero()[0, 0]) % (batch_size or len(probs))
         raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
     # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
     uniform = (1 - torch.rand(total.shape, dtype=torch.float64, device=probs.device)) * total
@@ -287,6 +290,10 @@ class MultiStreamLogitsProcessorList:
 
     def draw(self, scores: Scores) -> torch.LongTensor:
         """One id per row and stream, (batch, streams), from processed scores."""
+        if len({stream_scores.shape for stream_scores in scores}) == 1 and not any(self.nuclei):
+            # small vocabularies of one size: one draw instead of one per stream
+            batch_size = scores[0].shape[0]
+            return sample_from_scores(torch.cat(scores), batch_size).view(len(scores), batch_size).t()
         return torch.stack(
             [
                 sample_from_scores(stream_scores) if nucleus is None else sample_from_nucleus(stream_scores, nucleus)
