@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hepzoo.tokenization.jet_features import wrap_phi
+
 R = 0.8  # radius of the jets, and of the clustering
 ALGORITHMS = ("kt", "ca")
 RECOMBINATIONS = ("E", "WTA_pt")
@@ -40,11 +42,6 @@ class Subjets(NamedTuple):
         """Shape `(jets, n)`. Larger in size than the rapidity where the pseudojet has a mass."""
         transverse_mass = np.hypot(self.pt, self.mass)
         return np.arcsinh(transverse_mass * np.sinh(self.rapidity) / self.pt)
-
-
-def wrap_phi(phi: np.ndarray) -> np.ndarray:
-    """Angles in (-pi, pi]."""
-    return np.pi - np.mod(np.pi - phi, 2 * np.pi)
 
 
 def _check(pt: np.ndarray, eta: np.ndarray, phi: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -37,6 +37,7 @@ from .modeling_omnijet_vqvae import (
     OmniJetVQVAEAttention,
     OmniJetVQVAENormFormerLayer,
     OmniJetVQVAETransformerLayer,
+    eager_attention_forward,
 )
 from .omnijet_hybrid import (
     OmniJetHybridBackbone,
@@ -63,24 +64,6 @@ AUTO_CLASSES = {
 }
 # settings of `generate` that the library does not know
 GENERATION_DEFAULTS = {"stop_token_threshold": 0.0, "drop_finished_rows": True}
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 @dataclass
