@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hepzoo.data_scripts.jets_schema import LABEL_COLUMNS, REQUIRED_COLUMNS
 from hepzoo.data_scripts.shards import ShardWriter
 from hepzoo.data_scripts.showers_hdf5 import UnreadableFileError
+from hepzoo.tokenization.jet_features import wrap_phi
 
 BLOCK_BYTES = 32 * 2**20
 MAX_ROW_BYTES = 64 * 2**20
@@ -176,11 +177,6 @@ def cylindrical(px, py, pz) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pt, np.arcsinh(pz / np.maximum(pt, 1e-9)), np.arctan2(py, px)
 
 
-def wrapped(angle) -> np.ndarray:
-    """An azimuth difference in (-pi, pi]."""
-    return np.pi - (np.pi - angle) % (2 * np.pi)
-
-
 def summed_jets(block: JetBlock) -> dict[str, np.ndarray]:
     """jet_pt, jet_eta, jet_phi, jet_energy, jet_nparticles of the sum of the constituents."""
     size = len(block.lengths)
@@ -198,7 +194,7 @@ def relative_angles(block: JetBlock) -> dict[str, np.ndarray]:
     _, eta, phi = cylindrical(*(block.particles[name] for name in REQUIRED_COLUMNS[:3]))
     jet_eta, jet_phi = (block.jets[name].astype(np.float64) for name in ("jet_eta", "jet_phi"))
     sign = np.where(jet_eta > 0, 1, -1)
-    return {"part_deta": (sign[jet] * (eta - jet_eta[jet])), "part_dphi": wrapped(phi - jet_phi[jet])}
+    return {"part_deta": (sign[jet] * (eta - jet_eta[jet])), "part_dphi": wrap_phi(phi - jet_phi[jet])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
