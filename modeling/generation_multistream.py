@@ -213,7 +213,9 @@ def sample_from_scores(scores: torch.Tensor, batch_size: int | None = None) -> t
     Raises:
         ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
-    return _draw(scores.softmax(dim=-1), batch_size)[0]
+    ids, cumulative = _draw(scores.softmax(dim=-1))
+    _check_drawn(cumulative[:, -1], batch_size=batch_size)
+    return ids.squeeze(-1)
 
 
 def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -231,16 +233,28 @@ def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
     return ids.squeeze(-1)
 
 
-def _draw(probs: torch.Tensor, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids, (batch,), and the cumulative distribution, whose memory the caller may use."""
+def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, (batch, 1), and the cumulative distribution. Where that is NaN, an id means nothing: see `_check_drawn`."""
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    if not (total > 0).all():
-        row = int((~(total > 0)).nonzero()[0, 0]) % (batch_size or len(probs))
-        raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
     # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
-    uniform = (1 - torch.rand(total.shape, dtype=torch.float64, device=probs.device)) * total
-    return torch.searchsorted(cumulative, uniform.to(total.dtype)).squeeze(-1), cumulative
+    uniform = (1 - torch.rand(total.shape, dtype=total.dtype, device=total.device)) * total
+    return torch.searchsorted(cumulative, uniform).clamp_(max=probs.shape[-1] - 1), cumulative
+
+
+def _check_drawn(totals: torch.Tensor, rows: torch.Tensor | None = None, batch_size: int | None = None):
+    """
+    Args:
+        totals: (batch,) sums of the probabilities.
+        rows: their numbers in the batch, if they are some of its rows.
+        batch_size: if the rows are those of several batches behind each other.
+    """
+    is_drawn = totals > 0
+    if not is_drawn.all():
+        row = int((~is_drawn).nonzero()[0, 0])
+        row = row if rows is None else int(rows[row])
+        row = row if batch_size is None else row % batch_size
+        raise ValueError(f"scores of row {row} hold NaN or +inf, or no token is possible: nothing can be drawn")
 
 
 def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> torch.Tensor:
@@ -253,15 +267,17 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
     gives the nucleus' distribution.
     """
     probs = scores.softmax(dim=-1)
-    ids, scratch = _draw(probs)
-    drawn = probs.gather(-1, ids.unsqueeze(-1))
+    ids, cumulative = _draw(probs)
+    drawn = probs.gather(-1, ids)
     # the comparison as numbers, not booleans: then both operations are vectorised, an eighth of the time of a mask
-    is_rarer = torch.lt(probs, drawn, out=scratch)
+    is_rarer = torch.lt(probs, drawn, out=torch.empty_like(probs))
     tail = torch.linalg.vecdot(is_rarer, probs).unsqueeze(-1) + drawn
-    # far above the rounding of the sums
-    is_doubtful = tail <= 1 - nucleus.top_p + 1e-4
-    if is_doubtful.any():
-        doubtful = is_doubtful.squeeze(-1).nonzero().squeeze(-1)
+    # far above the rounding of the sums; false for NaN
+    is_certain = tail > 1 - nucleus.top_p + 1e-4
+    ids = ids.squeeze(-1)
+    if not is_certain.all():
+        doubtful = (~is_certain).squeeze(-1).nonzero().squeeze(-1)
+        _check_drawn(cumulative[doubtful, -1], rows=doubtful)
         cut = nucleus(None, scores[doubtful])
         redrawn = sample_from_scores(cut)
         is_kept = cut.gather(-1, ids[doubtful].unsqueeze(-1)).squeeze(-1) != nucleus.filter_value
@@ -417,7 +433,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
 
         streams = []
         for stream in range(self.config.num_streams):
-            stream_config = copy.deepcopy(generation_config)
+            stream_config = copy.copy(generation_config)
             unknown = stream_config.update(**overrides.get(stream, {}))
             if unknown:
                 raise ValueError(f"`stream_overrides` of stream {stream}: no parameter {next(iter(unknown))}")
@@ -565,6 +581,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
         rows = torch.arange(num_rows, device=input_ids.device)
         parts = []  # (rows, ids, continuous streams, state) of the rows that were taken out
         unfinished = torch.ones(num_rows, 1, dtype=torch.bool, device=input_ids.device)
+        num_unfinished = num_rows
         all_finished = False
 
         model_forward = (
@@ -594,9 +611,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
                     outputs = None
                     continue
 
-                step_logits = tuple(
-                    logits[:, -1].to(dtype=torch.float32, device=input_ids.device) for logits in outputs.logits
-                )
+                step_logits = tuple(_last_position(logits, input_ids.device) for logits in outputs.logits)
                 step_scores = logits_processor(input_ids, step_logits)
                 for name, value in (("scores", step_scores), ("logits", step_logits)):
                     if collected[name] is not None:
@@ -618,11 +633,13 @@ class MultiStreamGenerationMixin(GenerationMixin):
                 if streamer is not None:
                     streamer.put(next_tokens.cpu())
                 inputs = {name: model_kwargs[name] for name in self.stopping_inputs}
-                stopped = stopping_criteria(input_ids, collected["scores"], state=state, **inputs).unsqueeze(-1)
-                state.lengths = torch.where((unfinished & stopped).squeeze(-1), input_ids.shape[1], state.lengths)
-                unfinished = unfinished & ~stopped
-                num_unfinished = int(unfinished.sum())
-                all_finished = num_unfinished == 0
+                stopped = _stopped(stopping_criteria, input_ids, collected["scores"], state=state, **inputs)
+                stopped = stopped.unsqueeze(-1) & unfinished
+                if stopped.any():
+                    state.lengths = torch.where(stopped.squeeze(-1), input_ids.shape[1], state.lengths)
+                    unfinished = unfinished & ~stopped
+                    num_unfinished = int(unfinished.sum())
+                    all_finished = num_unfinished == 0
                 outputs = None
 
                 # every time the batch shrinks by a quarter: the copies then cost less than the rows would
@@ -748,6 +765,28 @@ class StreamState:
         for name in self.row_attributes:
             setattr(selected, name, getattr(self, name)[rows])
         return selected
+
+
+def _last_position(logits: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """(batch, length, vocab) to float32 (batch, vocab)."""
+    logits = logits[:, -1]
+    if logits.dtype == torch.float32 and logits.device == device:
+        # saves the library from looking at every argument, at every step
+        return logits
+    return logits.to(dtype=torch.float32, device=device)
+
+
+def _stopped(
+    criteria: StoppingCriteriaList, input_ids: torch.LongTensor, scores: tuple | None, **kwargs
+) -> torch.BoolTensor:
+    """`criteria(input_ids, scores, **kwargs)`, (batch,), where the maximum length is a comparison of two integers."""
+    stopped = torch.zeros(input_ids.shape[:1], dtype=torch.bool, device=input_ids.device)
+    for criterion in criteria:
+        if type(criterion) is not MaxLengthCriteria:
+            stopped = stopped | criterion(input_ids, scores, **kwargs)
+        elif input_ids.shape[1] >= criterion.max_length:
+            stopped = torch.ones_like(stopped)
+    return stopped
 
 
 def _select(values: dict, rows: torch.BoolTensor, num_rows: int | None = None) -> dict:

@@ -22,32 +22,39 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self._key_buffer = self._append(self.keys, self._key_buffer, key_states)
-        self.values, self._value_buffer = self._append(self.values, self._value_buffer, value_states)
-        return self.keys, self.values
+        length, new_length = self._length, key_states.shape[2]
+        total = length + new_length
+        is_own = self.keys is self._views[0] and self.values is self._views[1]
+        # what was made in inference mode cannot be written to outside
+        is_own = is_own and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
+        if not is_own or self._buffers[0].shape[2] < total:
+            length = self.keys.shape[2] if self.keys.numel() > 0 else 0
+            total = length + new_length
+            self._buffers = tuple(
+                self._grow(states, new_states, length, max(self.minimum_capacity, 2 * total))
+                for states, new_states in ((self.keys, key_states), (self.values, value_states))
+            )
+        key_buffer, value_buffer = self._buffers
+        key_buffer.narrow(2, length, new_length).copy_(key_states)
+        value_buffer.narrow(2, length, new_length).copy_(value_states)
+        self._length = total
+        self._views = self.keys, self.values = key_buffer.narrow(2, 0, total), value_buffer.narrow(2, 0, total)
+        return self._views
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self._key_buffer, self._value_buffer = self.keys, self.values
+        self._length = 0
+        # what `keys` and `values` were left as: whoever crops, selects or repeats rows puts other tensors there
+        self._views = self._buffers = (None, None)
 
-    def _append(
-        self, states: torch.Tensor, buffer: torch.Tensor, new_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`states` (batch, heads, length, size) followed by `new_states`, and the buffer that holds both."""
-        batch_size, num_heads, new_length, head_dim = new_states.shape
-        length = states.shape[2] if states.numel() > 0 else 0
-        total = length + new_length
-        # cropping leaves a view of the buffer; selecting or repeating rows does not
-        is_view = states.data_ptr() == buffer.data_ptr() and buffer.shape[:2] == (batch_size, num_heads)
-        # what was made in inference mode cannot be written to outside
-        is_view = is_view and (torch.is_inference_mode_enabled() or not buffer.is_inference())
-        if not is_view or buffer.shape[2] < total:
-            capacity = max(self.minimum_capacity, 2 * total)
-            buffer = new_states.new_empty(batch_size, num_heads, capacity, head_dim)
-            if length > 0:
-                buffer[:, :, :length] = states
-        buffer.narrow(2, length, new_length).copy_(new_states)
-        return buffer.narrow(2, 0, total), buffer
+    @staticmethod
+    def _grow(states: torch.Tensor, new_states: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+        """A buffer for `capacity` positions that begins with the `length` positions of `states`."""
+        batch_size, num_heads, _, head_dim = new_states.shape
+        buffer = new_states.new_empty(batch_size, num_heads, capacity, head_dim)
+        if length > 0:
+            buffer[:, :, :length] = states
+        return buffer
 
 
 def growing_cache(cache: DynamicCache) -> DynamicCache:

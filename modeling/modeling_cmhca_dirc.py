@@ -29,6 +29,8 @@ from .chunked_cross_entropy import chunked_linear_cross_entropy
 from .configuration_cmhca_dirc import CMHCADircConfig
 from .generation_multistream import MultiStreamGenerationMixin
 
+SQRT_HALF = math.sqrt(0.5)
+
 # every class that a saved checkpoint can be opened with
 AUTO_CLASSES = {
     "AutoModel": "CMHCADircModel",
@@ -569,6 +571,8 @@ class CMHCADircForCausalLM(CMHCADircPreTrainedModel, MultiStreamGenerationMixin)
             class_ids=class_ids,
             times=times,
             use_cache=use_cache,
+            # whatever `config.return_dict` says, which concerns the caller
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -749,23 +753,24 @@ class CMHCADircDecoder:
     `CMHCADircForCausalLM.forward` for one more position of an unpadded batch with a cache, written out.
 
     A step of this network is less work than the calls that make it up. So projections that share an input are one
-    here, residuals are added by the matrix product, functions are called instead of modules, and masks and attention
-    interfaces are left out. Lives for one call of `generate()`, so the merged weights never age.
+    here, residuals and scales are left to the matrix products, functions are called instead of modules, and masks and
+    attention interfaces are left out. Lives for one call of `generate()`, so the merged weights never age.
     """
 
     def __init__(self, model: CMHCADircForCausalLM, past_key_values: Cache):
         self.model = model
         self.cache = past_key_values
-        self.norm_shape = (model.config.hidden_size,)
-        self.projections = []
-        self.scales = []
-        for index, layer in enumerate(model.model.layers):
-            attention = layer.attention
-            # in block 0 the query comes from the time stream
-            query = () if index == 0 else (attention.q_proj.weight,)
-            merged = torch.cat([*query, attention.k_proj.weight, attention.v_proj.weight])
-            self.projections.append(merged.t())
-            self.scales.append(float(attention.logit_scale) if attention.qk_norm else attention.head_dim**-0.5)
+        config, base = model.config, model.model
+        self.norm_shape = (config.hidden_size,)
+        # the looking up of a module is slower than a small operation
+        self.embeddings = base.embeddings
+        self.num_conditioning_tokens = config.num_conditioning_tokens
+        self.space_weight = base.embeddings.space.weight
+        self.space_position = base.embeddings.space_position.weight
+        self.time_position = base.embeddings.time_position.weight
+        self.time_weight = base.embeddings.time.weight if config.time_prediction == "categorical" else None
+        self.final_norm = self.norm_parameters(base.norm)
+        self.layers = [CMHCADircDecoderLayer(self, index, layer) for index, layer in enumerate(base.layers)]
 
     def __call__(
         self,
@@ -775,54 +780,85 @@ class CMHCADircDecoder:
         **kwargs,
     ) -> CMHCADircCausalLMOutput:
         """Takes the last ids of every row, (batch, 1, streams); the kinematics are in the cache already."""
-        base = self.model.model
-        embeddings = base.embeddings
-        position = self.cache.get_seq_length() - embeddings.num_conditioning_tokens
-        hidden_states = torch.embedding(embeddings.space.weight, input_ids[:, 0, 0])
-        hidden_states = hidden_states + embeddings.space_position.weight[position]
-        if self.model.config.time_prediction == "categorical":
-            time_states = torch.embedding(embeddings.time.weight, input_ids[:, 0, 1])
+        position = self.cache.get_seq_length() - self.num_conditioning_tokens
+        hidden_states = torch.embedding(self.space_weight, input_ids[:, 0, 0]) + self.space_position[position]
+        if self.time_weight is not None:
+            time_states = torch.embedding(self.time_weight, input_ids[:, 0, 1])
         else:
-            time_states = embeddings.time(times[:, -1:].to(hidden_states.dtype))
-        time_states = time_states + embeddings.time_position.weight[position]
-        for index, layer in enumerate(base.layers):
-            hidden_states = self.attend(index, layer, hidden_states, time_states)
-            normed = self.norm(layer.mlp_norm, hidden_states)
-            if layer.has_experts:
-                hidden_states = hidden_states + layer.mlp(normed.unsqueeze(1), class_ids)[0].squeeze(1)
-            else:
-                fc1, fc2 = layer.mlp.fc1, layer.mlp.fc2
-                activated = layer.mlp.act_fn(torch.addmm(fc1.bias, normed, fc1.weight.t()))
-                hidden_states = torch.addmm(hidden_states + fc2.bias, activated, fc2.weight.t())
-        logits, predicted_times = self.model._predict(self.norm(base.norm, hidden_states).unsqueeze(1))
+            time_states = self.embeddings.time(times[:, -1:].to(hidden_states.dtype))
+        time_states = time_states + self.time_position[position]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, time_states, class_ids)
+        hidden_states = torch.layer_norm(hidden_states, *self.final_norm)
+        logits, predicted_times = self.model._predict(hidden_states.unsqueeze(1))
         return CMHCADircCausalLMOutput(logits=logits, predicted_times=predicted_times, past_key_values=self.cache)
 
-    def norm(self, norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
-        return torch.layer_norm(states, self.norm_shape, norm.weight, norm.bias, norm.eps)
+    def norm_parameters(self, norm: nn.LayerNorm) -> tuple:
+        """What `torch.layer_norm` takes after its input."""
+        return self.norm_shape, norm.weight, norm.bias, norm.eps
 
-    def attend(self, index: int, layer: CMHCADircLayer, hidden_states: torch.Tensor, time_states: torch.Tensor):
-        """The residual stream, (batch, hidden_size), after the attention of a block."""
+
+class CMHCADircDecoderLayer:
+    """[`CMHCADircLayer`] of a [`CMHCADircDecoder`]."""
+
+    def __init__(self, decoder: CMHCADircDecoder, index: int, layer: CMHCADircLayer):
+        self.cache = decoder.cache.layers[index]
         attention = layer.attention
-        batch_size, size = hidden_states.shape
-        num_heads = size // attention.head_dim
+        self.head_dim = attention.head_dim
+        self.attention_norm = decoder.norm_parameters(layer.attention_norm)
+        # in block 0 the query comes from the time stream
+        self.time_norm = None if layer.time_norm is None else decoder.norm_parameters(layer.time_norm)
+        self.query_weight = attention.q_proj.weight.t()
+        query = () if self.time_norm is not None else (attention.q_proj.weight,)
+        self.projection = torch.cat([*query, attention.k_proj.weight, attention.v_proj.weight]).t()
+        self.qk_norm = attention.qk_norm
+        self.scale = float(attention.logit_scale) if attention.qk_norm else attention.head_dim**-0.5
+        # in front of a matrix product that does not look at it
+        self.nothing = self.query_weight.new_zeros(())
+        self.out_weight, self.out_bias = attention.o_proj.weight.t(), attention.o_proj.bias
+        self.mlp_norm = decoder.norm_parameters(layer.mlp_norm)
+        self.experts = layer.mlp if layer.has_experts else None
+        if self.experts is None:
+            fc1, fc2 = layer.mlp.fc1, layer.mlp.fc2
+            self.fc1_weight, self.fc1_bias = fc1.weight.t(), fc1.bias
+            self.fc2_weight, self.fc2_bias = fc2.weight.t(), fc2.bias
+            self.activation = layer.mlp.act_fn
+            # written out, the rounding of half precision would spoil the tail
+            self.has_gelu = decoder.model.config.hidden_act == "gelu" and fc1.weight.dtype == torch.float32
+
+    def __call__(self, hidden_states: torch.Tensor, time_states: torch.Tensor, class_ids: torch.LongTensor | None):
+        hidden_states = self.attend(hidden_states, time_states)
+        normed = torch.layer_norm(hidden_states, *self.mlp_norm)
+        if self.experts is not None:
+            return hidden_states + self.experts(normed.unsqueeze(1), class_ids)[0].squeeze(1)
+        hidden_states = hidden_states + self.fc2_bias
+        if not self.has_gelu:
+            activated = self.activation(torch.addmm(self.fc1_bias, normed, self.fc1_weight))
+            return torch.addmm(hidden_states, activated, self.fc2_weight)
+        # gelu(x) = (u + u erf(u)) / sqrt(2) with u = x / sqrt(2), the roots in the products: a third of gelu's time
+        scaled = torch.addmm(self.fc1_bias, normed, self.fc1_weight, beta=SQRT_HALF, alpha=SQRT_HALF)
+        activated = torch.addcmul(scaled, scaled, torch.erf(scaled))
+        return torch.addmm(hidden_states, activated, self.fc2_weight, alpha=SQRT_HALF)
+
+    def attend(self, hidden_states: torch.Tensor, time_states: torch.Tensor) -> torch.Tensor:
+        """The residual stream, (batch, hidden_size), after the attention of the block."""
         # (query), key and value of all heads: (batch, 2 or 3, heads, head_dim)
-        states = torch.mm(self.norm(layer.attention_norm, hidden_states), self.projections[index])
-        if index == 0:
-            query = torch.mm(self.norm(layer.time_norm, time_states), attention.q_proj.weight.t())
+        states = torch.mm(torch.layer_norm(hidden_states, *self.attention_norm), self.projection)
+        if self.time_norm is not None:
+            query = torch.mm(torch.layer_norm(time_states, *self.time_norm), self.query_weight)
             states = torch.cat([query, states], dim=1)
-        states = states.view(batch_size, 3, num_heads, attention.head_dim)
-        query_key, value = states[:, :2], states[:, 2]
-        if attention.qk_norm:
+        query_key, value = states.view(len(states), 3, -1, self.head_dim).split((2, 1), dim=1)
+        if self.qk_norm:
             query_key = normalize(query_key)
         query, key = query_key.unbind(1)
-        keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
+        keys, values = self.cache.update(key.unsqueeze(2), value.transpose(1, 2))
         # for one query two small products are faster than the fused kernel
-        query = query.reshape(-1, 1, attention.head_dim) * self.scales[index]
-        weights = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
-        output = torch.bmm(weights, values.flatten(0, 1)).view(batch_size, size)
-        if attention.o_proj.bias is not None:
-            hidden_states = hidden_states + attention.o_proj.bias
-        return torch.addmm(hidden_states, output, attention.o_proj.weight.t())
+        query = query.reshape(-1, 1, self.head_dim)
+        scores = torch.baddbmm(self.nothing, query, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=self.scale)
+        output = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).view(hidden_states.shape)
+        if self.out_bias is not None:
+            hidden_states = hidden_states + self.out_bias
+        return torch.addmm(hidden_states, output, self.out_weight)
 
 
 def load_balance_loss(
@@ -938,6 +974,7 @@ class CMHCADircForSequenceClassification(CMHCADircEncoder):
             position_ids=position_ids,
             kinematics=kinematics,
             times=times,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state[:, 0]))
@@ -986,6 +1023,7 @@ class CMHCADircForTokenClassification(CMHCADircEncoder):
             position_ids=position_ids,
             kinematics=kinematics,
             times=times,
+            return_dict=True,
             **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))

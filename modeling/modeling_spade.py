@@ -37,6 +37,7 @@ from .generation_multistream import (
     MultiStreamGenerationMixin,
     StreamLogitsProcessor,
 )
+from .growing_cache import GrowingLayer
 
 # every class that a saved checkpoint can be opened with
 AUTO_CLASSES = {"AutoModel": "SpadeModel", "AutoModelForCausalLM": "SpadeForCausalLM"}
@@ -1072,21 +1073,20 @@ class SpadeDecoder:
         self.token_weight = token_weights[0].t()
         incident = embeddings.incident_energy(embeddings.scale_incident_energy(incident_energy))
         energy = embeddings.hit_energy
+        self.energy_fc1 = energy.fc1.bias, energy.fc1.weight.t()
         self.energy_weight = (energy_weight @ energy.fc2.weight).t()
         self.constant = (
             nn.functional.linear(incident, incident_weight)
             + embeddings.projection.bias
             + nn.functional.linear(energy.fc2.bias, energy_weight)
         )
-        self.qkv_weights = []
-        self.gate_up = []
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-            self.qkv_weights.append(torch.cat(weights).t())
-            self.gate_up.append(merge_linears([mlp.gate_proj, mlp.up_proj]))
+        self.layers = [
+            SpadeDecoderLayer(layer, past_key_values.layers[index]) for index, layer in enumerate(model.model.layers)
+        ]
+        self.final_norm = norm_function(model.model.norm)
         self.head_sizes = [head.out_features for head in heads]
         self.heads = merge_linears(heads)
+        self.energy_head = model.energy_head.fc2.bias, model.energy_head.fc2.weight.t()
         self.mixture = merge_linears([model.energy_head.logits, model.energy_head.means, model.energy_head.log_scales])
         self.partner = torch.tensor(model.model.rotary.partner, device=incident_energy.device)
         self.rotary_table = (torch.empty(0), torch.empty(0))
@@ -1101,64 +1101,90 @@ class SpadeDecoder:
 
     def __call__(self, input_ids: torch.LongTensor, hit_energy: torch.Tensor, **kwargs) -> SpadeCausalLMOutput:
         """Takes the last ids of every row, (batch, 1, streams), and all energies, (batch, length)."""
-        base = self.model.model
         hidden_states = self.embed(input_ids[:, 0], hit_energy[:, -1:])
         cos, sin = self.rotary(self.cache.get_seq_length())
-        for index, layer in enumerate(base.layers):
-            normed = layer.attention_norm(hidden_states)
-            output = self.attend(index, normed, cos, sin)
-            hidden_states = torch.addmm(hidden_states, output, layer.self_attn.o_proj.weight.t())
-            if not layer.parallel_residual:
-                normed = layer.mlp_norm(hidden_states)
-            hidden_states = hidden_states + self.feed_forward(index, layer.mlp, normed)
-        logits, energy_mixture = self.predict(base.norm(hidden_states), input_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cos, sin, self.partner)
+        logits, energy_mixture = self.predict(self.final_norm(hidden_states), input_ids)
         return SpadeCausalLMOutput(logits=logits, energy_mixture=energy_mixture, past_key_values=self.cache)
 
     def embed(self, input_ids: torch.LongTensor, last_energy: torch.Tensor) -> torch.Tensor:
         """Ids (batch, streams) and energies (batch, 1) to (batch, hidden_size)."""
-        embeddings = self.model.model.embeddings
         last_energy = last_energy.to(self.constant.dtype).clamp(self.config.energy_min, self.config.energy_max)
-        features = nn.functional.silu(embeddings.hit_energy.fc1(last_energy))
+        bias, weight = self.energy_fc1
+        features = nn.functional.silu(torch.addmm(bias, last_energy, weight))
         hidden_states = torch.addmm(self.constant, features, self.energy_weight)
         if self.config.axis_mode == "split":
-            return hidden_states + nn.functional.embedding(input_ids + self.offsets, self.table).sum(dim=1)
-        embedded = nn.functional.embedding(input_ids[:, 0], embeddings.tokens[0].weight)
+            return hidden_states + torch.embedding(self.table, input_ids + self.offsets).sum(dim=1)
+        embedded = torch.embedding(self.model.model.embeddings.tokens[0].weight, input_ids[:, 0])
         return torch.addmm(hidden_states, embedded, self.token_weight)
-
-    def attend(self, index: int, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        batch_size, size = normed.shape
-        head_dim, num_heads, num_keys = (
-            self.config.head_dim,
-            self.config.num_attention_heads,
-            self.config.num_key_value_heads,
-        )
-        # query, key and value heads: (batch, heads + 2 * key heads, head_dim)
-        states = torch.mm(normed, self.qkv_weights[index]).view(batch_size, -1, head_dim)
-        rotated, value = states[:, : num_heads + num_keys], states[:, num_heads + num_keys :]
-        rotated = torch.addcmul(rotated * cos, rotated.index_select(-1, self.partner), sin)
-        query, key = rotated[:, :num_heads], rotated[:, num_heads:]
-        keys, values = self.cache.layers[index].update(key.unsqueeze(2), value.unsqueeze(2))
-        # the heads that share a key are the positions of one sequence: nothing is repeated
-        query = query.reshape(batch_size, num_keys, -1, head_dim)
-        return nn.functional.scaled_dot_product_attention(query, keys, values).view(batch_size, size)
-
-    def feed_forward(self, index: int, mlp: SpadeMLP, normed: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.gate_up[index]
-        gate, up = torch.addmm(bias, normed, weight).chunk(2, dim=-1)
-        return mlp.down_proj(mlp.act_fn(gate) * up)
 
     def predict(self, hidden_states: torch.Tensor, input_ids: torch.LongTensor):
         """As `SpadeForCausalLM._predict` for hidden states (batch, hidden_size)."""
-        head = self.model.energy_head
         weight, bias = self.heads
         *logits, features = torch.addmm(bias, hidden_states, weight).unsqueeze(1).split(self.head_sizes, dim=-1)
         if self.config.axis_mode != "split":
             logits = [self.model.token_heads[0](hidden_states).unsqueeze(1)]
-        features = torch.relu(head.fc2(torch.relu(features)))
+        fc2_bias, fc2_weight = self.energy_head
+        features = torch.relu(torch.addmm(fc2_bias, torch.relu(features.squeeze(1)), fc2_weight))
         weight, bias = self.mixture
-        weights, means, log_scales = torch.addmm(bias, features.squeeze(1), weight).unsqueeze(1).chunk(3, dim=-1)
+        weights, means, log_scales = torch.addmm(bias, features, weight).unsqueeze(1).chunk(3, dim=-1)
         log_scales = log_scales.clamp(self.config.log_scale_min, self.config.log_scale_max)
         return self.model._mask_layers(tuple(logits), input_ids), (weights, means, log_scales)
+
+
+class SpadeDecoderLayer:
+    """[`SpadeLayer`] of a [`SpadeDecoder`]."""
+
+    def __init__(self, layer: SpadeLayer, cache_layer: GrowingLayer):
+        self.cache = cache_layer
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim = attention.head_dim
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_keys = attention.k_proj.out_features // self.head_dim
+        weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        self.qkv_weight = torch.cat(weights).t()
+        self.out_weight = attention.o_proj.weight.t()
+        self.gate_up_weight, self.gate_up_bias = merge_linears([mlp.gate_proj, mlp.up_proj])
+        self.down_weight, self.down_bias = mlp.down_proj.weight.t(), mlp.down_proj.bias
+        self.activation = mlp.act_fn
+        self.attention_norm = norm_function(layer.attention_norm)
+        self.mlp_norm = None if layer.parallel_residual else norm_function(layer.mlp_norm)
+        # in front of a matrix product that does not look at it
+        self.nothing = self.out_weight.new_zeros(())
+
+    def __call__(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.LongTensor
+    ) -> torch.Tensor:
+        """(batch, hidden_size); cos and sin of the position, (head_dim,)."""
+        normed = self.attention_norm(hidden_states)
+        hidden_states = torch.addmm(hidden_states, self.attend(normed, cos, sin, partner), self.out_weight)
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(hidden_states)
+        gate, up = torch.addmm(self.gate_up_bias, normed, self.gate_up_weight).chunk(2, dim=-1)
+        return torch.addmm(hidden_states + self.down_bias, self.activation(gate) * up, self.down_weight)
+
+    def attend(self, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.LongTensor):
+        # query, key and value heads: (batch, heads + 2 * key heads, head_dim)
+        states = torch.mm(normed, self.qkv_weight).view(len(normed), -1, self.head_dim)
+        rotated, value = states.split((self.num_heads + self.num_keys, self.num_keys), dim=1)
+        rotated = torch.addcmul(rotated * cos, rotated.index_select(-1, partner), sin)
+        query, key = rotated.split((self.num_heads, self.num_keys), dim=1)
+        keys, values = self.cache.update(key.unsqueeze(2), value.unsqueeze(2))
+        # the heads that share a key are the rows of one product: nothing is repeated, and for so few rows two small
+        # products are faster than the fused kernel
+        query = query.reshape(len(normed) * self.num_keys, -1, self.head_dim)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        scores = torch.baddbmm(self.nothing, query, keys.transpose(1, 2), beta=0, alpha=self.head_dim**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), values).view(normed.shape)
+
+
+def norm_function(norm: nn.Module) -> Callable:
+    """A layer norm as a function, which costs less than the call of a module; another norm as it is."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm
+    arguments = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return lambda states: torch.layer_norm(states, *arguments)
 
 
 def merge_linears(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
