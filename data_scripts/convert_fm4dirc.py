@@ -671,7 +671,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         print(f"convert_fm4dirc: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{len(paths)} shards in {args.output}")
     return 0
 

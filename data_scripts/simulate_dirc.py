@@ -557,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update(len(columns["P"]))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(
         f"{stats.tracks} tracks, {stats.detected / stats.tracks:.1f} hits per track, {len(writer.paths)} file(s) in "
         f"{args.output}; {stats.outside_window} hits outside the time window dropped, {stats.redrawn} empty redraws"

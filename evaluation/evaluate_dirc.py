@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         (_logits if args.logits else _dll if args.dll else _distances)(args)
     except (ValueError, OSError) as err:
         sys.stderr.write(f"hepzoo evaluate dirc: {err}\n")
-        return 1
+        return 2
     return 0
 
 

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             getattr(plotter, "yields" if kind == "yield" else kind)()
     except (ValueError, OSError, ImportError) as err:
         sys.stderr.write(f"hepzoo plot dirc: {err}\n")
-        return 1
+        return 2
     for path in plotter.written:
         sys.stdout.write(f"{path}\n")
     return 0

@@ -1,7 +1,11 @@
 """Configuration of the OmniJet backbones: OmniJet-α (arXiv:2403.05618), α_C (2501.05534), NTP hybrid (2512.04149)."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_omnijet_vqvae import check_activation
 
 
 @strict
@@ -124,7 +128,7 @@ class OmniJetConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -161,6 +165,7 @@ class OmniJetConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_activation(self.hidden_act)
         for name, least in (
             ("codebook_size", 1),
             ("hidden_size", 1),
@@ -174,29 +179,56 @@ class OmniJetConfig(PreTrainedConfig):
             ("token_embedding_size", 1),
             ("num_jet_features", 0),
             ("num_registers", 0),
+            ("token_head_layers", 1),
+            ("token_head_intermediate_size", 1),
             ("num_predictions", 1),
+            ("class_head_intermediate_size", 1),
+            ("num_labels", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least {least}")
+        if any(size < 1 for size in self.classifier_sizes):
+            raise ValueError(f"`classifier_sizes` is {list(self.classifier_sizes)}, expected widths of at least 1")
         if self.vocab_size not in (self.codebook_size + 2, self.codebook_size + 3):
             raise ValueError(
                 f"`vocab_size` is {self.vocab_size}, expected `codebook_size` + 3 = {self.codebook_size + 3} (start, "
                 f"codes, stop, pad), or one less with the start id as pad"
             )
+        special = [0, *range(self.codebook_size + 1, self.vocab_size)]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) not in special:
+                expected = ", ".join(map(str, special))
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, expected an id that is no code: one of {expected}"
+                )
+        if self.eos_token_id in (self.bos_token_id, self.pad_token_id):
+            raise ValueError(f"`eos_token_id` is {self.eos_token_id}, expected another id than those of start and pad")
         for size, heads in (
             ("hidden_size", "num_attention_heads"),
             ("hidden_size", "class_attention_heads"),
             ("token_head_size", "token_head_heads"),
             ("class_head_size", "class_head_heads"),
         ):
-            if getattr(self, heads) < 1 or getattr(self, size) % getattr(self, heads):
+            if min(getattr(self, size), getattr(self, heads)) < 1 or getattr(self, size) % getattr(self, heads):
                 raise ValueError(
                     f"`{size}` = {getattr(self, size)} is not a multiple of `{heads}` = {getattr(self, heads)}"
                 )
-        if not 0 <= self.mask_fraction < 1:
-            raise ValueError(f"`mask_fraction` is {self.mask_fraction}, expected 0 or more and less than 1")
-        if self.stop_token_weight <= 0:
-            raise ValueError(f"`stop_token_weight` is {self.stop_token_weight}, expected above 0")
+        for name in ("attention_dropout", "hidden_dropout", "classifier_dropout", "mask_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more and less than 1")
+        for name in ("stop_token_weight", "layer_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a finite number above 0")
+        for name in (
+            "generation_loss_weight",
+            "masked_loss_weight",
+            "class_loss_weight",
+            "embedding_initializer_range",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a finite number of at least 0")
+        if not abs(self.residual_gate_value) < 1e38:
+            raise ValueError(f"`residual_gate_value` is {self.residual_gate_value}, expected a number of float32")
 
     @property
     def head_dim(self) -> int:

@@ -1,7 +1,19 @@
 """Configuration of the VQ-VAE that turns jets and showers into the tokens of OmniJet, arXiv:2403.05618."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2CLS
+
+
+def check_activation(name: str):
+    """
+    Raises:
+        ValueError: transformers knows no activation of this name.
+    """
+    if name not in ACT2CLS:
+        raise ValueError(f"`hidden_act` is {name!r}, expected an activation of transformers: {', '.join(ACT2CLS)}")
 
 
 @strict
@@ -93,6 +105,7 @@ class OmniJetVQVAEConfig(PreTrainedConfig):
             if getattr(self, name) not in values:
                 expected = ", ".join(map(repr, values))
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {expected}")
+        check_activation(self.hidden_act)
         for name, least in (
             ("num_features", 1),
             ("num_jet_features", 0),
@@ -103,15 +116,23 @@ class OmniJetVQVAEConfig(PreTrainedConfig):
             ("num_attention_heads", 1),
             ("intermediate_size", 1),
             ("replace_freq", 0),
-            ("affine_lr", 0),
-            ("sync_nu", 0),
-            ("vq_loss_weight", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least {least}")
-        for name in ("beta", "attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a number in 0..1")
+        if self.replace_freq > 2**24:
+            raise ValueError(f"`replace_freq` is {self.replace_freq}, expected at most 2^24, to which float32 counts")
+        for name in ("affine_lr", "sync_nu", "vq_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a finite number of at least 0")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"`layer_norm_eps` is {self.layer_norm_eps}, expected a finite number above 0")
+        if not abs(self.residual_gate_value) < 1e38:
+            raise ValueError(f"`residual_gate_value` is {self.residual_gate_value}, expected a number of float32")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"`beta` is {self.beta}, expected a number in 0..1")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 or more and less than 1")
         if self.architecture == "mlp":
             for name in ("encoder_layer_sizes", "decoder_layer_sizes"):
                 if any(size < 1 for size in getattr(self, name)):

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .configuration_omnijet import OmniJetConfig
 from .conversion_common import Patterns, check_matrices, convert_state_dict, find_number, find_setting, strip_prefixes
+from .conversion_omnijet_vqvae import find_flag, find_mapping, find_whole_number
 
 _WB = r"\.(weight|bias)"
 
@@ -211,13 +212,6 @@ def _count(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
     return len(parts)
 
 
-def _whole_number(reference_config: dict[str, Any], *names: str) -> int | None:
-    value = find_number(reference_config, *names)
-    if value is not None and value != int(value):
-        raise ValueError(f"configuration says {names[0]} = {value}, expected a whole number")
-    return None if value is None else int(value)
-
-
 def _agree(reference_config: dict[str, Any], **sizes: int):
     for name, size in sizes.items():
         value = find_setting(reference_config, name)
@@ -240,8 +234,8 @@ def _gpt_settings(reference_config, state_dict, class_weights) -> dict[str, Any]
         stop_token_id=vocab_size - 1,
     )
     # OmniJet-alpha_C has these options, OmniJet-alpha has not
-    excludes_padding = find_setting(reference_config, "exclude_padded_values_from_loss")
-    is_causal = find_setting(reference_config, "apply_causal_mask")
+    excludes_padding = find_flag(reference_config, "exclude_padded_values_from_loss")
+    is_causal = find_flag(reference_config, "apply_causal_mask")
     stop_weight = find_number(reference_config, "stop_token_weight")
     is_shower = class_weights is not None or any(
         value is not None for value in (excludes_padding, is_causal, stop_weight)
@@ -258,10 +252,10 @@ def _gpt_settings(reference_config, state_dict, class_weights) -> dict[str, Any]
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": _whole_number(reference_config, "n_heads"),
+        "num_attention_heads": find_whole_number(reference_config, "n_heads"),
         "intermediate_size": intermediate_size,
         "attention_dropout": find_number(reference_config, "attention_dropout"),
-        "max_position_embeddings": _whole_number(reference_config, "max_sequence_len"),
+        "max_position_embeddings": find_whole_number(reference_config, "max_sequence_len"),
         "is_causal": is_causal is not False,
         "mask_padded_queries": is_shower,
         "padding_loss": "counted" if is_shower and excludes_padding is not False else "trained",
@@ -271,8 +265,8 @@ def _gpt_settings(reference_config, state_dict, class_weights) -> dict[str, Any]
         settings["num_labels"] = state_dict["head.classifier.weight"].shape[0]
     elif "head.token" in state_dict:
         settings["classifier_head"] = "class_attention"
-        settings["class_attention_heads"] = _whole_number(
-            find_setting(reference_config, "class_attention_head") or {}, "num_heads"
+        settings["class_attention_heads"] = find_whole_number(
+            find_mapping(reference_config, "class_attention_head"), "num_heads"
         )
         settings["classifier_dropout"] = find_number(reference_config, "dropout_rate")
         settings.update(_class_attention_sizes(state_dict, "head"))
@@ -312,7 +306,7 @@ def _normformer_settings(reference_config, state_dict) -> dict[str, Any]:
         "num_features": num_features,
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(state_dict, "tagger.layers"),
-        "num_attention_heads": _whole_number(reference_config, "num_heads", "n_heads", "nh"),
+        "num_attention_heads": find_whole_number(reference_config, "num_heads", "n_heads", "nh"),
         **_class_attention_sizes(state_dict, "tagger.head"),
     }
     _agree(reference_config, n_out_nodes=settings["num_labels"])
@@ -331,18 +325,9 @@ _MASKED_POSITION = {
 
 
 def _one_of(name: str, value: Any, choices: dict) -> str:
-    if value not in choices:
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"configuration says {name} = {value!r}, expected one of {', '.join(map(str, choices))}")
     return choices[value]
-
-
-def _part(reference_config: dict[str, Any], name: str) -> dict[str, Any]:
-    part = find_setting(reference_config, name)
-    if part is None:
-        return {}
-    if not isinstance(part, dict):
-        raise ValueError(f"configuration says {name} = {part!r}, expected a mapping")
-    return part
 
 
 def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
@@ -359,16 +344,16 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
     )
     (hidden_size, num_features), (length, _), (intermediate_size, _), (vocab_size, head_size) = shapes[:4]
     (head_intermediate_size, _), (class_size, _), (class_intermediate_size, _), (num_labels, _) = shapes[4:]
-    backbone = _part(reference_config, "backbone_cfg")
+    backbone = find_mapping(reference_config, "backbone_cfg")
     heads = {"gen_head_cfg": True, "mpm_head_cfg": False}
     for name, is_causal in heads.items():
-        part = _part(reference_config, name)
+        part = find_mapping(reference_config, name)
         if part.get("apply_causal_mask") not in (None, is_causal):
             raise ValueError(f"configuration says {name}.apply_causal_mask = {not is_causal}, which is not supported")
         if part.get("unembedding_mlp_cfg") is not None:
             raise ValueError(f"configuration says {name}.unembedding_mlp_cfg, which is not supported")
-    for part in (backbone, *(_part(reference_config, name) for name in heads)):
-        transformer = _part(part, "transformer_cfg")
+    for part in (backbone, *(find_mapping(reference_config, name) for name in heads)):
+        transformer = find_mapping(part, "transformer_cfg")
         for name, expected in (
             ("interaction_cfg", None),
             ("post_blocks_point_drop_cfg", None),
@@ -380,12 +365,12 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
             value = find_setting(transformer if name != "interaction_cfg" else part, name)
             if value not in (None, expected):
                 raise ValueError(f"configuration says {name} = {value!r}, which is not supported")
-    embedding = find_setting(_part(backbone, "embed_cfg"), "type")
+    embedding = find_setting(find_mapping(backbone, "embed_cfg"), "type")
     if embedding not in (None, "continuous_project_add"):
         raise ValueError(f"configuration says embed_cfg.type = {embedding!r}, which is not supported")
     positions = (("gen_head_cfg", "all"), ("mpm_head_cfg", "only_masked"))
     for name, expected in positions:
-        value = _part(reference_config, name).get("positions_to_include_in_loss")
+        value = find_mapping(reference_config, name).get("positions_to_include_in_loss")
         if value not in (None, expected):
             raise ValueError(f"configuration says {name}.positions_to_include_in_loss = {value!r}, not supported")
     _agree(backbone, embedding_dim=hidden_size, vocab_size=vocab_size, max_sequence_len=length)
@@ -393,13 +378,13 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
     registers = state_dict.get("backbone.registers")
     jets = state_dict.get("backbone.embed_jets.weight")
     gate = state_dict.get("backbone.transformer.layers.0.attention_gate")
-    num_heads = _whole_number(_part(backbone, "attn_cfg"), "num_heads")
-    class_head = _part(reference_config, "class_head_cfg")
-    weights = _part(reference_config, "loss_term_weights")
-    residual = _part(backbone, "residual_cfg")
-    excludes_padding = find_setting(reference_config, "exclude_padded_values_from_loss")
+    num_heads = find_whole_number(find_mapping(backbone, "attn_cfg"), "num_heads")
+    class_head = find_mapping(reference_config, "class_head_cfg")
+    weights = find_mapping(reference_config, "loss_term_weights")
+    residual = find_mapping(backbone, "residual_cfg")
+    excludes_padding = find_flag(reference_config, "exclude_padded_values_from_loss")
     masked_input = find_setting(reference_config, "masked_input_treatment") or "exclude"
-    dropout = find_number(_part(backbone, "attn_cfg"), "dropout_rate")
+    dropout = find_number(find_mapping(backbone, "attn_cfg"), "dropout_rate")
     return {
         "architecture": "hybrid",
         "codebook_size": vocab_size - 2,
@@ -409,9 +394,9 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "intermediate_size": intermediate_size,
         "attention_dropout": dropout,
-        "hidden_dropout": find_number(_part(backbone, "mlp_cfg"), "dropout_rate"),
+        "hidden_dropout": find_number(find_mapping(backbone, "mlp_cfg"), "dropout_rate"),
         "max_position_embeddings": length,
-        "is_causal": find_setting(backbone, "apply_causal_mask") is not False,
+        "is_causal": find_flag(backbone, "apply_causal_mask") is not False,
         "padding_loss": "trained" if excludes_padding is False else "counted",
         "num_features": num_features,
         "num_jet_features": 0 if jets is None else jets.shape[1],
@@ -420,7 +405,7 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
         "residual_gate_value": find_number(residual, "init_value"),
         "final_norm": "backbone.transformer.norm.weight" in state_dict,
         "trainable_start": "start_features" in state_dict,
-        "use_hybrid_passes": find_setting(reference_config, "causal_bidirectional_hybrid") is not False,
+        "use_hybrid_passes": find_flag(reference_config, "causal_bidirectional_hybrid") is not False,
         "mask_fraction": find_number(reference_config, "mask_fraction"),
         "masked_input": _one_of("masked_input_treatment", masked_input, _MASKED_INPUT),
         "masked_position": _one_of(
@@ -428,12 +413,14 @@ def _hybrid_settings(reference_config, state_dict) -> dict[str, Any]:
         ),
         "token_head_size": head_size,
         "token_head_layers": _count(state_dict, "generation_head.transformers.0.layers"),
-        "token_head_heads": _whole_number(_part(_part(reference_config, "gen_head_cfg"), "attn_cfg"), "num_heads"),
+        "token_head_heads": find_whole_number(
+            find_mapping(find_mapping(reference_config, "gen_head_cfg"), "attn_cfg"), "num_heads"
+        ),
         "token_head_intermediate_size": head_intermediate_size,
         "num_predictions": _count(state_dict, "generation_head.transformers"),
         "class_head_size": class_size,
         # the published head always has 128 components and 8 heads
-        "class_head_heads": _whole_number(class_head, "num_heads") or (8 if class_size == 128 else num_heads),
+        "class_head_heads": find_whole_number(class_head, "num_heads") or (8 if class_size == 128 else num_heads),
         "class_head_intermediate_size": class_intermediate_size,
         "class_attention_layers": _count(state_dict, "class_head.blocks"),
         "num_labels": num_labels,

@@ -81,6 +81,32 @@ def _features(reference_config: dict[str, Any]) -> dict[str, Any] | None:
     return features
 
 
+def find_mapping(reference_config: dict[str, Any], name: str) -> dict[str, Any]:
+    """As `find_setting`, for a mapping of settings; empty if there is none."""
+    part = find_setting(reference_config, name)
+    if part is None:
+        return {}
+    if not isinstance(part, dict):
+        raise ValueError(f"configuration says {name} = {part!r}, expected a mapping")
+    return part
+
+
+def find_flag(reference_config: dict[str, Any], name: str) -> bool | None:
+    """As `find_setting`, for true or false."""
+    value = find_setting(reference_config, name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"configuration says {name} = {value!r}, expected true or false")
+    return value
+
+
+def find_whole_number(reference_config: dict[str, Any], *names: str) -> int | None:
+    """As `find_number`, for a whole number."""
+    value = find_number(reference_config, *names)
+    if value is not None and value != int(value):
+        raise ValueError(f"configuration says {names[0]} = {value}, expected a whole number")
+    return None if value is None else int(value)
+
+
 def _num_linears(state_dict: dict[str, torch.Tensor], part: str) -> int:
     return len([name for name in state_dict if re.fullmatch(rf"{part}\.layers\.\d+\.weight", name)])
 
@@ -94,9 +120,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         ValueError: naming the setting that is not supported or disagrees with the checkpoint, or what is missing.
     """
     settings = _model_settings(reference_config)
-    quantizer = find_setting(settings, "vq_kwargs") or {}
-    if not isinstance(quantizer, dict):
-        raise ValueError(f"configuration says vq_kwargs = {quantizer!r}, expected a mapping")
+    quantizer = find_mapping(settings, "vq_kwargs")
     is_mlp = not any(name.startswith("encoder.project_in.") for name in state_dict)
     first, last = ("layers.0", {}) if is_mlp else ("project_in", {"encoder": "project_out", "decoder": "project_out"})
     if is_mlp:
@@ -153,7 +177,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         raise ValueError(f"configuration says affine_lr = {affine_lr:g}, but the checkpoint has no affine codebook")
     else:
         converted["affine_lr"] = 0.0
-    replace_freq = int(find_number(quantizer, "replace_freq") or 0)
+    replace_freq = find_whole_number(quantizer, "replace_freq") or 0
     if ("quantizer.counts" in state_dict) != (replace_freq > 0):
         raise ValueError(
             f"configuration says replace_freq = {replace_freq}, but the checkpoint has "
@@ -207,17 +231,16 @@ def _transformer_settings(
     if "encoder.layers.0.attention_output_norm.weight" in state_dict:
         return converted
     converted["architecture"] = "transformer"
-    converted["causal_decoder"] = bool(find_setting(settings, "causal_decoder"))
+    converted["causal_decoder"] = find_flag(settings, "causal_decoder") is True
     gate = state_dict.get("encoder.layers.0.attention_gate")
     if gate is None:
         converted["residual_gate"] = "constant"
     else:
         converted["residual_gate"] = "local" if gate.ndim == 1 else "global"
-    value = find_number(find_setting(settings, "residual_cfg") or {}, "init_value")
+    value = find_number(find_mapping(settings, "residual_cfg"), "init_value")
     if value is not None:
         converted["residual_gate_value"] = value
-    attention = find_setting(settings, "attn_cfg") or {}
-    mlp = find_setting(settings, "mlp_cfg") or {}
+    attention, mlp = find_mapping(settings, "attn_cfg"), find_mapping(settings, "mlp_cfg")
     for block, block_settings in (("attn_cfg", attention), ("mlp_cfg", mlp)):
         for name, supported in (("norm_before", True), ("norm_after", False), ("norm_between", False)):
             said = block_settings.get(name)
@@ -265,6 +288,8 @@ def convert_features(reference_config: dict[str, Any]) -> dict[str, dict[str, An
             raise ValueError(f"{where}.inv_func = {inverse!r} without func")
         binning = settings.pop("binning", None)
         if binning is not None:
+            if not isinstance(binning, (list, tuple)):
+                raise ValueError(f"{where}.binning = {binning!r}, expected (first edge, last edge, number of edges)")
             result["binning"] = list(binning)
         for name in ("larger_than", "smaller_than"):
             value = find_number(settings, name)
@@ -277,8 +302,9 @@ def convert_features(reference_config: dict[str, Any]) -> dict[str, dict[str, An
         for name in ("subtract_by", "multiply_by"):
             settings.pop(name, None)
         result.update(_clips(settings, result, is_newer))
-        if any(value is not None for value in settings.values()):
-            raise ValueError(f"{where}.{', '.join(sorted(settings))}, which is not supported")
+        unknown = sorted(str(name) for name, value in settings.items() if value is not None)
+        if unknown:
+            raise ValueError(f"{where}.{', '.join(unknown)}, which is not supported")
         converted[feature] = result
     threshold = find_number(reference_config, "energy_threshold")
     if threshold is not None and "energy" in converted:

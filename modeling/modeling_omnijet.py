@@ -6,6 +6,7 @@ classes (arXiv:2512.04149).
 The GPT has no positions: the order of the constituents enters through the causal mask alone.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from .generation_multistream import ForbiddenTokensLogitsProcessor, _keeps_rows,
 from .growing_cache import GrowingLayer, growing_cache
 from .modeling_omnijet_vqvae import (
     OmniJetVQVAEAttention,
+    OmniJetVQVAECoder,
+    OmniJetVQVAEModel,
     OmniJetVQVAENormFormerLayer,
     OmniJetVQVAETransformerLayer,
     eager_attention_forward,
@@ -248,8 +251,7 @@ class OmniJetModel(OmniJetPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either `input_ids` or `inputs_embeds`")
         if input_ids is not None:
-            if input_ids.ndim != 2:
-                raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}, expected (batch, length)")
+            check_inputs(input_ids, "input_ids", None)
             inputs_embeds = self.embed_tokens(input_ids)
         if not self.config.is_causal:
             if past_key_values is not None:
@@ -297,7 +299,37 @@ class OmniJetModel(OmniJetPreTrainedModel):
         return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
-class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
+class OmniJetGenerationMixin(GenerationMixin):
+    """What generators of jets have in common, whatever they read."""
+
+    def _set_generation_defaults(self):
+        config = self.config
+        self.generation_config._from_model_config = False
+        self.generation_config.update(
+            do_sample=True,
+            top_k=0,
+            temperature=1.0,
+            top_p=1.0,
+            max_new_tokens=config.max_position_embeddings,
+            # the hybrid has a causal pass of its own
+            use_cache=config.use_cache and (config.is_causal or config.architecture == "hybrid"),
+        )
+        for name, value in GENERATION_DEFAULTS.items():
+            setattr(self.generation_config, name, value)
+
+    def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
+        special = ForbiddenTokensLogitsProcessor([self.config.bos_token_id, self.config.pad_token_id])
+        processors = super()._get_logits_processor(
+            generation_config, *args, logits_processor=[special, *(logits_processor or [])], **kwargs
+        )
+        threshold = setting(generation_config, "stop_token_threshold")
+        if threshold:
+            # behind temperature and everything else that changes the probability
+            processors.append(StopThresholdLogitsProcessor(self.config.eos_token_id, threshold))
+        return processors
+
+
+class OmniJetForCausalLM(OmniJetPreTrainedModel, OmniJetGenerationMixin):
     """
     Generator of jets or showers: the stock `generate()`. Without a prompt it begins with the start id
     (`num_return_sequences` jets); `OmniJetTokenizer.batch_decode` turns the ids into constituents.
@@ -311,17 +343,7 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
         self.model = OmniJetModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
-        self.generation_config._from_model_config = False
-        self.generation_config.update(
-            do_sample=True,
-            top_k=0,
-            temperature=1.0,
-            top_p=1.0,
-            max_new_tokens=config.max_position_embeddings,
-            use_cache=config.use_cache and config.is_causal,
-        )
-        for name, value in GENERATION_DEFAULTS.items():
-            setattr(self.generation_config, name, value)
+        self._set_generation_defaults()
 
     @can_return_tuple
     def forward(
@@ -353,6 +375,8 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            # whatever `config.return_dict` says, which concerns the caller
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -417,17 +441,6 @@ class OmniJetForCausalLM(OmniJetPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if type(model_kwargs.get("past_key_values")) is DynamicCache:
             growing_cache(model_kwargs["past_key_values"])
-
-    def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
-        special = ForbiddenTokensLogitsProcessor([self.config.bos_token_id, self.config.pad_token_id])
-        processors = super()._get_logits_processor(
-            generation_config, *args, logits_processor=[special, *(logits_processor or [])], **kwargs
-        )
-        threshold = setting(generation_config, "stop_token_threshold")
-        if threshold:
-            # behind temperature and everything else that changes the probability
-            processors.append(StopThresholdLogitsProcessor(self.config.eos_token_id, threshold))
-        return processors
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         """
@@ -632,7 +645,7 @@ class OmniJetForSequenceClassification(OmniJetPreTrainedModel):
         is_real = torch.ones(inputs.shape[:2], device=inputs.device) if attention_mask is None else attention_mask
         hidden_states = attentions = None
         if self.config.architecture == "gpt":
-            outputs = self.model(inputs, attention_mask=attention_mask, use_cache=False, **kwargs)
+            outputs = self.model(inputs, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
             logits = self.head(outputs.last_hidden_state, is_real)
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
         else:
@@ -641,7 +654,7 @@ class OmniJetForSequenceClassification(OmniJetPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
 
 
-class OmniJetForPreTraining(OmniJetPreTrainedModel):
+class OmniJetForPreTraining(OmniJetPreTrainedModel, OmniJetGenerationMixin):
     """
     Continuous constituents to next tokens, masked tokens and a class (arXiv:2512.04149): the tokens are targets only.
 
@@ -663,6 +676,7 @@ class OmniJetForPreTraining(OmniJetPreTrainedModel):
         self.masked_head = OmniJetTokenHead(config, 1)
         self.class_head = OmniJetHybridClassHead(config)
         self.post_init()
+        self._set_generation_defaults()
 
     @can_return_tuple
     def forward(
@@ -696,11 +710,7 @@ class OmniJetForPreTraining(OmniJetPreTrainedModel):
             raise ValueError(
                 f"`particle_features` has {length} positions, expected at most {config.max_position_embeddings}"
             )
-        if config.num_jet_features > 0 and (
-            jet_features is None or tuple(jet_features.shape) != (batch_size, config.num_jet_features)
-        ):
-            shape = None if jet_features is None else tuple(jet_features.shape)
-            raise ValueError(f"`jet_features` has shape {shape}, expected {(batch_size, config.num_jet_features)}")
+        check_jet_features(jet_features, batch_size, config.num_jet_features)
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, length, dtype=torch.bool, device=particle_features.device)
         for name, values in (
@@ -782,6 +792,50 @@ class OmniJetForPreTraining(OmniJetPreTrainedModel):
             start = self.start_features.to(particle_features.dtype).expand(len(particle_features), 1, -1)
         return torch.cat([start, particle_features[:, 1:]], dim=1)
 
+    def generate(
+        self,
+        vqvae: OmniJetVQVAEModel,
+        input_ids: torch.LongTensor | None = None,
+        jet_features: torch.FloatTensor | None = None,
+        **kwargs,
+    ):
+        """
+        Ids of jets, (batch, length), as those of [`OmniJetForCausalLM`]: start, codes, stop, padding.
+
+        As published, the codes so far are decoded after every step and the features of the last constituent become the
+        next input. With a causal decoder these are the features of the whole jet, and one position is computed per
+        step; another decoder gives features that change as the jet grows.
+
+        Args:
+            vqvae: of the tokenizer (`tokenizer.vqvae`); its features are those that this model reads.
+            input_ids (`(batch, length)`): beginnings of jets without padding; by default the start id.
+            jet_features (`(batch, num_jet_features)`): of the whole jets, if the configuration has them.
+            kwargs: of the stock `generate()`: `num_return_sequences`, `temperature`, `logits_processor` ...
+        """
+        config = self.config
+        if not (config.use_hybrid_passes or config.is_causal):
+            raise ValueError("`is_causal` or `use_hybrid_passes` is needed to generate: constituents see later ones")
+        for name in ("num_features", "codebook_size"):
+            if getattr(vqvae.config, name) != getattr(config, name):
+                raise ValueError(
+                    f"the VQ-VAE has `{name}` = {getattr(vqvae.config, name)}, expected that of the model, "
+                    f"{getattr(config, name)}"
+                )
+        if vqvae.config.num_jet_features:
+            raise ValueError("the VQ-VAE has `num_jet_features`, expected one that decodes codes alone")
+        if input_ids is None:
+            num_rows = 1 if jet_features is None else len(jet_features)
+            input_ids = torch.full((num_rows, 1), config.bos_token_id, device=self.device)
+        check_prompt(input_ids, config.vocab_size)
+        is_code = (input_ids > 0) & (input_ids <= config.codebook_size)
+        if not bool((input_ids[:, 0] == config.bos_token_id).all() and is_code[:, 1:].all()):
+            raise ValueError("`input_ids` must be the start id and codes, without padding")
+        check_jet_features(jet_features, len(input_ids), config.num_jet_features)
+        generator = OmniJetHybridGenerator(self, vqvae)
+        return generator.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), jet_features=jet_features, **kwargs
+        )
+
     def _token_loss(self, head: OmniJetTokenHead, hidden, targets, offset: int = 0) -> torch.Tensor:
         """Mean cross entropy against the targets (batch, length) `offset` positions further on."""
         targets = nn.functional.pad(targets[:, offset:], (0, offset), value=-100)
@@ -791,6 +845,90 @@ class OmniJetForPreTraining(OmniJetPreTrainedModel):
         if self.config.padding_loss == "counted":
             return total / (targets.shape[0] * (targets.shape[1] - offset))
         return total / (targets != -100).sum().clamp(min=1)
+
+
+class OmniJetHybridGenerator(OmniJetPreTrainedModel, OmniJetGenerationMixin):
+    """
+    [`OmniJetForPreTraining`] and the decoder of its tokens as a causal model of ids, for the stock `generate()`. Lives
+    for one call; the weights are those of the two models.
+    """
+
+    def __init__(self, model: OmniJetForPreTraining, vqvae: OmniJetVQVAEModel):
+        super().__init__(model.config)
+        self.model = model
+        self.vqvae = vqvae
+        self.generation_config = model.generation_config
+        # in the order of the cache: the head has seen as many positions as there are ids
+        parts = [model.generation_head.transformers[0].layers, model.backbone.transformer.layers]
+        decoder = vqvae.decoder
+        if isinstance(decoder, OmniJetVQVAECoder) and decoder.is_causal:
+            parts.append(decoder.layers)
+        self.num_layers = [len(layers) for layers in parts]
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, jet_features=None, **kwargs):
+        # all ids: a decoder that is not causal looks at all codes
+        return {"input_ids": input_ids, "past_key_values": past_key_values, "jet_features": jet_features}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None:
+            raise ValueError(
+                "`past_key_values` and `cache_implementation` cannot be chosen: there are several networks"
+            )
+        if generation_config.use_cache:
+            model_kwargs["past_key_values"] = self._new_cache()
+
+    def _new_cache(self) -> DynamicCache:
+        cache = DynamicCache()
+        cache.layers = [GrowingLayer() for _ in range(sum(self.num_layers))]
+        return cache
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        jet_features: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Ids (batch, length) from the first on; logits of the positions that are not in `past_key_values`."""
+        cache = self._new_cache() if past_key_values is None else past_key_values
+        head_past, backbone_past, *decoder_past = self._split(cache)
+        seen = head_past[0].get_seq_length()
+        # stop and padding are no codes, and what stands behind them does not matter
+        codes = (input_ids[:, 1:] - 1).clamp(0, self.config.codebook_size - 1)
+        features = self._decode(codes, max(seen - 1, 0), *decoder_past)
+        if seen == 0:
+            features = self.model.with_start(nn.functional.pad(features, (0, 0, 1, 0)))
+        states = self.model.backbone.following(features, backbone_past, jet_features)
+        logits = self.model.generation_head.following(states, head_past)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def _split(self, cache: DynamicCache) -> list[list]:
+        """The layers of the cache by network."""
+        ends = list(itertools.accumulate(self.num_layers))
+        return [cache.layers[end - size : end] for end, size in zip(ends, self.num_layers)]
+
+    def _decode(self, codes: torch.LongTensor, start: int, past: list | None = None) -> torch.Tensor:
+        """
+        Features (batch, length - start, num_features) of the codes from `start` on, each decoded from itself and those
+        in front of it. `past`: of the decoder, if it is causal.
+        """
+        dtype = self.model.dtype
+        if codes.shape[1] == start:
+            return torch.zeros(len(codes), 0, self.config.num_features, dtype=dtype, device=codes.device)
+        if past is not None:
+            vectors = self.vqvae.quantizer.lookup(codes[:, start:]).to(self.vqvae.dtype)
+            return self.vqvae.decoder.following(vectors, past).to(dtype)
+        ends = range(start + 1, codes.shape[1] + 1)
+        return torch.stack([self.vqvae.decode(codes[:, :end])[:, -1] for end in ends], dim=1).to(dtype)
+
+
+def check_jet_features(jet_features: torch.Tensor | None, num_jets: int, num_features: int):
+    """(num_jets, num_features), or none."""
+    shape = None if jet_features is None else tuple(jet_features.shape)
+    if shape != (None if num_features == 0 else (num_jets, num_features)):
+        expected = f"{(num_jets, num_features)}" if num_features > 0 else "none: `num_jet_features` is 0"
+        raise ValueError(f"`jet_features` has shape {shape}, expected {expected}")
 
 
 def class_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -808,6 +946,8 @@ def check_inputs(inputs: torch.Tensor | None, name: str, num_features: int | Non
     is_right = inputs.ndim == 2 if num_features is None else inputs.ndim == 3 and inputs.shape[-1] == num_features
     if not is_right:
         raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}, expected {expected}")
+    if 0 in inputs.shape:
+        raise ValueError(f"`{name}` has shape {tuple(inputs.shape)}, expected at least one jet and one position")
 
 
 def check_prompt(input_ids: torch.Tensor, vocab_size: int):

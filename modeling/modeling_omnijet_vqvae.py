@@ -8,7 +8,7 @@ causal decoder, arXiv:2512.04149; an MLP that sees every constituent on its own 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -76,6 +77,19 @@ def masked(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
     return states if attention_mask is None else states * attention_mask.unsqueeze(-1).to(states.dtype)
 
 
+def later_positions(num_new: int, states: torch.Tensor, past: Sequence[DynamicLayer]) -> torch.Tensor | None:
+    """
+    Mask to add to the scores, (1, 1, num_new, positions), that hides later positions: `num_new` ones behind those whose
+    keys are in `past`. `None` for one, which may see all. `states` gives type and device.
+    """
+    if num_new == 1:
+        return None
+    seen = past[0].get_seq_length()
+    is_hidden = torch.ones(num_new, seen + num_new, dtype=torch.bool, device=states.device).triu(seen + 1)
+    mask = torch.zeros_like(is_hidden, dtype=states.dtype).masked_fill(is_hidden, torch.finfo(states.dtype).min)
+    return mask[None, None]
+
+
 class OmniJetVQVAEAttention(nn.Module):
     def __init__(self, config: OmniJetVQVAEConfig, is_causal: bool):
         super().__init__()
@@ -87,10 +101,14 @@ class OmniJetVQVAEAttention(nn.Module):
         self.qkv_proj.initialization = "xavier"
         self.o_proj.initialization = "zero_bias"
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, past: DynamicLayer | None = None
+    ) -> torch.Tensor:
         batch_size, length, size = hidden_states.shape
         states = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
         query, key, value = states.permute(2, 0, 3, 1, 4)
+        if past is not None:
+            key, value = past.update(key, value)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -132,14 +150,21 @@ class OmniJetVQVAENormFormerLayer(GradientCheckpointingLayer):
         self.attention_norm.initialization = "zeros"
         self.mlp.fc2.initialization = "zeros"
 
-    def forward(self, hidden_states: torch.Tensor, is_real: torch.Tensor | None, attention_mask: torch.Tensor | None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        is_real: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past: DynamicLayer | None = None,
+    ):
         """
         Args:
             hidden_states (`(batch, length, hidden_size)`). is_real (`(batch, length)`): 0 at padding.
             attention_mask: of the attention, (batch, 1, length, length) or `None`.
+            past: keys and values of the positions in front of these, to which these are added.
         """
         hidden_states = masked(hidden_states, is_real)
-        attended = self.self_attn(self.attention_norm(hidden_states), attention_mask)
+        attended = self.self_attn(self.attention_norm(hidden_states), attention_mask, past)
         hidden_states = hidden_states + self.attention_output_norm(attended)
         return hidden_states + self.mlp(hidden_states)
 
@@ -159,10 +184,16 @@ class OmniJetVQVAETransformerLayer(GradientCheckpointingLayer):
             self.attention_gate = nn.Parameter(torch.full(shape, float(config.residual_gate_value)))
             self.mlp_gate = nn.Parameter(torch.full(shape, float(config.residual_gate_value)))
 
-    def forward(self, hidden_states: torch.Tensor, is_real: torch.Tensor | None, attention_mask: torch.Tensor | None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        is_real: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past: DynamicLayer | None = None,
+    ):
         """Arguments as of [`OmniJetVQVAENormFormerLayer`]."""
         hidden_states = masked(hidden_states, is_real)
-        attended = masked(self.self_attn(self.attention_norm(hidden_states), attention_mask), is_real)
+        attended = masked(self.self_attn(self.attention_norm(hidden_states), attention_mask, past), is_real)
         hidden_states = hidden_states + attended * self.attention_gate
         hidden_states = hidden_states + self.mlp(hidden_states) * self.mlp_gate
         return masked(hidden_states, is_real)
@@ -193,6 +224,17 @@ class OmniJetVQVAECoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, is_real, attention_mask)
         return masked(self.project_out(masked(hidden_states, is_real)), is_real)
+
+    def following(self, states: torch.Tensor, past: Sequence[DynamicLayer]) -> torch.Tensor:
+        """
+        As `forward` of a causal coder without padding, for positions that follow those in `past`, one entry per layer;
+        they are added there.
+        """
+        hidden_states = self.project_in(states)
+        attention_mask = later_positions(states.shape[1], hidden_states, past)
+        for layer, layer_past in zip(self.layers, past, strict=True):
+            hidden_states = layer(hidden_states, None, attention_mask, layer_past)
+        return self.project_out(hidden_states)
 
 
 class OmniJetVQVAEMLPCoder(nn.Module):
@@ -357,6 +399,10 @@ class OmniJetVQVAEModel(OmniJetVQVAEPreTrainedModel):
         return masked(reconstructed, attention_mask) if self.config.exclude_padding else reconstructed
 
     def _run(self, coder, states, attention_mask, jet_features) -> torch.FloatTensor:
+        if 0 in states.shape:
+            raise ValueError(
+                f"the input has shape {tuple(states.shape)}, expected at least one jet and one constituent"
+            )
         if attention_mask is not None and attention_mask.shape != states.shape[:2]:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(states.shape[:2])}"

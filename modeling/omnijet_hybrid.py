@@ -1,12 +1,14 @@
 """Network of OmniJetForPreTraining: continuous constituents in, tokens and classes out (arXiv:2512.04149)."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from .configuration_omnijet import OmniJetConfig
-from .modeling_omnijet_vqvae import OmniJetVQVAETransformerLayer, masked
+from .modeling_omnijet_vqvae import OmniJetVQVAETransformerLayer, later_positions, masked
 from .omnijet_taggers import OmniJetClassAttention, additive_mask
 
 
@@ -35,6 +37,16 @@ class OmniJetHybridTransformer(nn.Module):
         attention_mask = additive_mask(is_real, states.dtype, is_causal)
         for layer in self.layers:
             states = layer(states, is_real, attention_mask)
+        return self.norm(states)
+
+    def following(self, states: torch.Tensor, past: Sequence[DynamicLayer]) -> torch.Tensor:
+        """
+        As the causal `forward` without padding, for positions that follow those in `past`, one entry per layer; they
+        are added there.
+        """
+        attention_mask = later_positions(states.shape[1], states, past)
+        for layer, layer_past in zip(self.layers, past, strict=True):
+            states = layer(states, None, attention_mask, layer_past)
         return self.norm(states)
 
 
@@ -66,15 +78,28 @@ class OmniJetHybridBackbone(nn.Module):
 
         Returns (batch, length, hidden_size), 0 where `is_real` is.
         """
+        states = self._embed(particle_features, jet_features)
+        num_registers = states.shape[1] - is_real.shape[1]
+        states = self.transformer(states, nn.functional.pad(is_real, (num_registers, 0), value=1), is_causal)
+        return masked(states[:, num_registers:], is_real)
+
+    def following(
+        self, particle_features: torch.Tensor, past: Sequence[DynamicLayer], jet_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        As the causal `forward` without padding, for constituents that follow those in `past`, one entry per layer; they
+        are added there.
+        """
+        states = self._embed(particle_features, jet_features, with_registers=past[0].get_seq_length() == 0)
+        return self.transformer.following(states, past)[:, -particle_features.shape[1] :]
+
+    def _embed(self, particle_features, jet_features, with_registers: bool = True) -> torch.Tensor:
         states = self.embed_particles(particle_features)
         if self.embed_jets is not None:
             states = states + self.embed_jets(jet_features).unsqueeze(1)
-        if self.registers is None:
-            return masked(self.transformer(states, is_real, is_causal), is_real)
-        num_registers = self.registers.shape[1]
-        states = torch.cat([self.registers.expand(len(states), -1, -1).to(states.dtype), states], dim=1)
-        states = self.transformer(states, nn.functional.pad(is_real, (num_registers, 0), value=1), is_causal)
-        return masked(states[:, num_registers:], is_real)
+        if self.registers is None or not with_registers:
+            return states
+        return torch.cat([self.registers.expand(len(states), -1, -1).to(states.dtype), states], dim=1)
 
 
 class OmniJetTokenHead(nn.Module):
@@ -99,6 +124,10 @@ class OmniJetTokenHead(nn.Module):
         """(batch, length, hidden_size) to what `output` reads, one (batch, length, token_head_size) per prediction."""
         states = self.projection(states)
         return [transformer(states, is_real, is_causal) for transformer in self.transformers]
+
+    def following(self, states: torch.Tensor, past: Sequence[DynamicLayer]) -> torch.Tensor:
+        """Logits (batch, length, vocab) of the next token alone, for positions that follow those in `past`."""
+        return self.output(self.transformers[0].following(self.projection(states), past))
 
 
 class OmniJetHybridClassBlock(nn.Module):

@@ -126,7 +126,10 @@ def make_features(settings: Mapping[str, Any] | Sequence[Mapping[str, Any]] | No
     settings = DEFAULT_FEATURES if settings is None else settings
     if isinstance(settings, Sequence) and all(isinstance(entry, Mapping) and "name" in entry for entry in settings):
         names = [entry["name"] for entry in settings]
-        if len(set(map(str, names))) != len(names):
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"features: the name of a feature must be text, got {short_repr(name)}")
+        if len(set(names)) != len(names):
             raise ValueError(f"features must differ in name, got {short_repr(names)}")
         settings = {entry["name"]: {key: value for key, value in entry.items() if key != "name"} for entry in settings}
     if not isinstance(settings, Mapping) or not settings:
@@ -149,7 +152,8 @@ def _make_feature(name: Any, settings: Any) -> JetFeature:
     if unknown:
         known = ", ".join(field for field in JetFeature.__dataclass_fields__ if field != "name")
         raise ValueError(f"features.{name} has the unknown setting {unknown[0]!r}, expected {known}")
-    if settings.get("function") is not None and settings["function"] not in FUNCTIONS:
+    function = settings.get("function")
+    if function is not None and not (isinstance(function, str) and function in FUNCTIONS):
         fail("function", f"one of {', '.join(FUNCTIONS)}")
     for key in ("subtract", "multiply", "larger_than", "smaller_than"):
         optional = key.endswith("_than")
@@ -157,12 +161,17 @@ def _make_feature(name: Any, settings: Any) -> JetFeature:
             fail(key, "a finite number")
     if settings.get("multiply") == 0:
         fail("multiply", "a number other than 0")
+    low, high = settings.get("larger_than"), settings.get("smaller_than")
+    if low is not None and high is not None and not low < high:
+        fail("smaller_than", f"more than larger_than, which is {low}")
     for key in ("clip_input", "clip_output"):
         limits = settings.get(key)
         if limits is None:
             continue
         if not isinstance(limits, Sequence) or len(limits) != 2 or not all(v is None or is_number(v) for v in limits):
             fail(key, "(lowest, highest), each a number or None")
+        if None not in limits and not limits[0] <= limits[1]:
+            fail(key, "(lowest, highest), the lowest first")
         settings[key] = tuple(limits)
     binning = settings.get("binning")
     if binning is not None:

@@ -353,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"generate.py: error: {error}")
+        status = main()
+    except (ValueError, OSError) as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

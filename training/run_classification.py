@@ -191,6 +191,10 @@ def main(argv: list[str] | None = None) -> int:
         if dataset is not None:
             encoder = ClassEncoder(tokenizer, name, labelled, class_names=class_names)
             encoded[name] = encode_dataset(dataset, encoder, data_args, training_args)
+    kept = scalar_columns(raw.test) if raw.test is not None else ()
+    if raw.test is not None:
+        encoder = ClassEncoder(tokenizer, "test data", tokenizer_kwargs, keep=kept, class_names=class_names)
+        encoded["test data"] = encode_dataset(raw.test, encoder, data_args, training_args)
     labels = {}
     if class_names is not None:
         labels["id2label"] = dict(enumerate(class_names))
@@ -201,7 +205,6 @@ def main(argv: list[str] | None = None) -> int:
         f"{model.num_parameters(only_trainable=True):,} of them trained"
     )
 
-    kept = scalar_columns(raw.test) if raw.test is not None else ()
     trainer = PhysicsTrainer(
         model=model,
         args=training_args,
@@ -240,8 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.save_metrics("eval", metrics)
         trainer.card["metrics"] = metrics
     if training_args.do_predict:
-        encoder = ClassEncoder(tokenizer, "test data", tokenizer_kwargs, keep=kept, class_names=class_names)
-        test = encode_dataset(raw.test, encoder, data_args, training_args)
+        test = encoded["test data"]
         output = trainer.predict(test)
         trainer.log_metrics("test", output.metrics)
         trainer.save_metrics("test", output.metrics)

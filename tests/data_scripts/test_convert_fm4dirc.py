@@ -393,7 +393,7 @@ def test_hostile_records_give_one_line_and_no_files(tmp_path, capsys, changes, m
         convert_records(load_fm4dirc(path), place=str(path))
     assert "\n" not in str(error.value)
     output = tmp_path / "out"
-    assert main([str(path), "--output", str(output), "--rows_per_shard", "1"]) == 1
+    assert main([str(path), "--output", str(output), "--rows_per_shard", "1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.strip().count("\n") == 0
     assert not output.exists()
@@ -404,7 +404,7 @@ def test_hostile_missing_field_and_missing_file(tmp_path, capsys):
     del record["leadTime"]
     with pytest.raises(ValueError, match="row 0: field leadTime is missing"):
         convert_records([record])
-    assert main([str(tmp_path / "no.pkl"), "--output", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "no.pkl"), "--output", str(tmp_path / "out")]) == 2
     assert "no.pkl" in capsys.readouterr().err
 
 

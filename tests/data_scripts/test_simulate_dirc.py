@@ -1,5 +1,8 @@
 """The embedded hpDIRC simulator: optics against formulas and step-by-step ray tracing, records, command line."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from datasets import load_dataset
@@ -390,7 +393,7 @@ def test_command_line_writes_shards(tmp_path, capsys):
     rows = list(rows)
     assert len(rows) == 60 and sum(row["PDG"] == 321 for row in rows) == 30
     assert all(row["P"] == 6 and 30 <= row["Theta"] <= 40 and len(row["x"]) == row["NHits"] for row in rows)
-    assert simulate_dirc.main(arguments) == 1  # never over an existing split
+    assert simulate_dirc.main(arguments) == 2  # never over an existing split
 
 
 # Malformed input
@@ -444,10 +447,17 @@ def test_hostile_detector(option, value):
 )
 def test_hostile_command_line_leaves_nothing(tmp_path, capsys, extra):
     output = tmp_path / "out"
-    assert simulate_dirc.main(["--output", str(output), "--n_tracks", "10", *extra]) == 1
+    assert simulate_dirc.main(["--output", str(output), "--n_tracks", "10", *extra]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
     assert not output.exists() and not (tmp_path / "up").exists()
+
+
+def test_hostile_input_of_the_script_itself(tmp_path):
+    arguments = ["--output", str(tmp_path / "out"), "--n_tracks", "0"]
+    done = subprocess.run([sys.executable, simulate_dirc.__file__, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: n_tracks must be at least 1, got 0"]
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-2-3", "-3", "1-"])

@@ -123,7 +123,7 @@ def test_hostile_evaluate_input(arguments, message, fixed_point_files, tmp_path,
     (tmp_path / "bad.csv").write_text("P,Theta,logit\n6,30,1\n")
     (tmp_path / "nan.csv").write_text("P,Theta,PDG,logit\n6,30,211,1\n6,30,321,nan\n")
     (tmp_path / "kaons.parquet").write_bytes((fixed_point_files / "kaons.parquet").read_bytes())
-    assert evaluate_dirc.main([a.format(folder=tmp_path) for a in arguments]) == 1
+    assert evaluate_dirc.main([a.format(folder=tmp_path) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and len(captured.err.splitlines()) == 1
 
@@ -154,9 +154,21 @@ def test_hostile_plot_input(fixed_point_files, tmp_path, capsys):
         (["--generated", folder, "--kind", "dll"], "needs --real"),
         (["--real", folder, "--kind", "pdf"], "needs one momentum"),
     ):
-        assert plot_dirc.main(arguments + out) == 1
+        assert plot_dirc.main(arguments + out) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "plots").exists()
     for arguments in ([], ["--real", folder, "--theta", "30-20"], ["--real", folder, "--photons", "0"]):
         with pytest.raises(SystemExit):
             plot_dirc.main(arguments + out)
+
+
+@pytest.mark.parametrize("script", ["evaluate_dirc", "plot_dirc"])
+def test_hostile_input_of_the_scripts_themselves(script, tmp_path):
+    arguments = ["--real", str(tmp_path / "no"), "--generated", str(tmp_path / "no")]
+    if script == "plot_dirc":
+        arguments += ["--output", str(tmp_path / "plots")]
+    done = subprocess.run(
+        [sys.executable, str(ROOM / f"{script}.py"), *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "no Parquet file found" in done.stderr and len(done.stderr.splitlines()) == 1

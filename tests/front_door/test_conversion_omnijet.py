@@ -298,7 +298,7 @@ def changed(config: dict, path: str, value) -> dict:
 
 
 GPT, SHOWERS, JETS, CAUSAL = "omnijet_gpt", "omnijet_c/gpt", "omnijet_vqvae_transformer", "omnijet_ntp/vqvae"
-HYBRID = "omnijet_ntp/hybrid"
+HYBRID, TAGGER = "omnijet_ntp/hybrid", "omnijet_classifier/class_attention"
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,14 @@ HYBRID = "omnijet_ntp/hybrid"
         (JETS, "feature_dict/part_pt", {"scale": 2}, "feature_dict.part_pt.scale, which is not supported"),
         (JETS, "feature_dict/part_pt", ..., "vqvae has num_features = 3, but the tokenizer has 2"),
         (HYBRID, "backbone_cfg", "large", "backbone_cfg = 'large', expected a mapping"),
+        (HYBRID, "masked_input_treatment", ["exclude"], "masked_input_treatment = ['exclude'], expected one of"),
+        (HYBRID, "pos_encoding_type", {"a": 1}, "pos_encoding_type = {'a': 1}, expected one of"),
+        (CAUSAL, "attn_cfg", "torch", "attn_cfg = 'torch', expected a mapping"),
+        (CAUSAL, "mlp_cfg", [2], "mlp_cfg = [2], expected a mapping"),
+        (CAUSAL, "residual_cfg", 1.0, "residual_cfg = 1.0, expected a mapping"),
+        (CAUSAL, "causal_decoder", "yes", "causal_decoder = 'yes', expected true or false"),
+        (TAGGER, "class_attention_head", 2, "class_attention_head = 2, expected a mapping"),
+        (TAGGER, "dropout_rate", 1.5, "`classifier_dropout` is 1.5, expected 0 or more and less than 1"),
     ],
 )
 def test_hostile_settings(name, path, value, message, tmp_path):

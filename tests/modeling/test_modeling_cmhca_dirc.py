@@ -594,6 +594,10 @@ def test_tuple_output(name):
                 compare(left, right)
 
     compare(plain, named.to_tuple())
+    # `config.return_dict` concerns the caller, not the model inside
+    model.config.return_dict = False
+    with torch.no_grad():
+        compare(model(**inputs), plain)
 
 
 def test_embeddings_get_and_set():

@@ -6,10 +6,12 @@ import logging
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from scipy import stats
 from transformers import LogitsProcessor, Trainer, TrainingArguments
 
 from hepzoo.modeling.configuration_omnijet import OmniJetConfig
+from hepzoo.modeling.configuration_omnijet_vqvae import OmniJetVQVAEConfig
 from hepzoo.modeling.conversion_omnijet_gpt import convert_config, convert_parameters
 from hepzoo.modeling.modeling_omnijet import (
     OmniJetForCausalLM,
@@ -18,6 +20,7 @@ from hepzoo.modeling.modeling_omnijet import (
     OmniJetModel,
     StopThresholdLogitsProcessor,
 )
+from hepzoo.modeling.modeling_omnijet_vqvae import OmniJetVQVAEModel
 from hepzoo.modeling.omnijet_hybrid import draw_masked, masked_ranks
 
 CODES = 20
@@ -130,10 +133,30 @@ def test_configuration_round_trip(tmp_path):
         ({"token_head_heads": 7}, "token_head_heads"),
         ({"masked_input": "drop"}, "masked_input"),
         ({"num_registers": -1}, "num_registers"),
+        ({"bos_token_id": 5}, "`bos_token_id` is 5, expected an id that is no code: one of 0, 21, 22"),
+        ({"bos_token_id": None}, "`bos_token_id` is None, expected an id that is no code"),
+        ({"eos_token_id": 23}, "`eos_token_id` is 23, expected an id that is no code: one of 0, 21, 22"),
+        ({"eos_token_id": [21, 22]}, "eos_token_id"),
+        ({"eos_token_id": 22}, "`eos_token_id` is 22, expected another id than those of start and pad"),
+        ({"pad_token_id": -1}, "`pad_token_id` is -1"),
+        ({"vocab_size": 22, "pad_token_id": 22}, "`pad_token_id` is 22, expected an id that is no code: one of 0, 21"),
+        ({"stop_token_weight": float("nan")}, "`stop_token_weight` is nan, expected a finite number above 0"),
+        ({"stop_token_weight": float("inf")}, "`stop_token_weight` is inf, expected a finite number above 0"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps"),
+        ({"class_loss_weight": float("nan")}, "class_loss_weight"),
+        ({"embedding_initializer_range": -1.0}, "embedding_initializer_range"),
+        ({"residual_gate_value": float("inf")}, "residual_gate_value"),
+        ({"num_labels": 0}, "`num_labels` is 0, expected at least 1"),
+        ({"attention_dropout": 1.0}, "`attention_dropout` is 1.0, expected 0 or more and less than 1"),
+        ({"hidden_dropout": -0.1}, "hidden_dropout"),
+        ({"classifier_dropout": float("nan")}, "classifier_dropout"),
+        ({"hidden_act": "rellu"}, "`hidden_act` is 'rellu', expected an activation of transformers: gelu, "),
+        ({"classifier_sizes": [16, 0]}, r"`classifier_sizes` is \[16, 0\]"),
+        ({"token_head_layers": 0}, "token_head_layers"),
     ],
 )
 def test_hostile_configuration(settings, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         OmniJetConfig(**{**TINY, **settings})
 
 
@@ -205,6 +228,33 @@ def test_outputs_that_can_be_asked_for():
     assert outputs.attentions[0].shape == (4, 4, 14, 14)
     kept = model(batch["input_ids"], logits_to_keep=2).logits
     torch.testing.assert_close(kept, model(batch["input_ids"]).logits[:, -2:])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "settings"),
+    [
+        (OmniJetModel, {}),
+        (OmniJetForCausalLM, {}),
+        (OmniJetForSequenceClassification, {}),
+        (OmniJetForSequenceClassification, {"architecture": "particle_flow"}),
+        (OmniJetForPreTraining, {}),
+    ],
+)
+def test_tuples_of_a_configuration_that_asks_for_them(model_class, settings):
+    """`config.return_dict` concerns the caller, not the models inside."""
+    model = make_model(model_class, **settings)
+    if model_class is OmniJetForPreTraining or settings:
+        batch = {name: make_features()[name] for name in ("particle_features", "attention_mask")}
+    else:
+        batch = {name: make_batch(model.config)[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**batch)
+        model.config.return_dict = False
+        found = model(**batch)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], expected[0])
+    if model_class is OmniJetForCausalLM:
+        assert model.generate(num_return_sequences=2, max_new_tokens=3).shape[0] == 2
 
 
 def test_bfloat16_is_close():
@@ -581,6 +631,106 @@ def test_hybrid_hides_what_it_must():
             torch.testing.assert_close(alone.logits[0], reference.logits[row], rtol=1e-4, atol=1e-5)
 
 
+DECODERS = {
+    "causal": {"architecture": "transformer", "causal_decoder": True},
+    "causal_normformer": {"causal_decoder": True},
+    "bidirectional": {"architecture": "transformer"},
+    "mlp": {"architecture": "mlp", "encoder_layer_sizes": [8], "decoder_layer_sizes": [8]},
+}
+
+
+def make_vqvae(decoder: str = "causal", **settings) -> OmniJetVQVAEModel:
+    sizes = {"codebook_size": CODES, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(5)
+    model = OmniJetVQVAEModel(OmniJetVQVAEConfig(**{**sizes, **DECODERS[decoder], **settings})).eval()
+    for parameter in model.decoder.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "decoder", "use_cache"),
+    [
+        ({}, "causal", True),
+        ({}, "causal", False),
+        ({"num_registers": 0, "residual_gate": "constant"}, "causal", True),
+        ({"num_jet_features": 2, "trainable_start": False}, "causal", True),
+        ({"use_hybrid_passes": False, "num_predictions": 2}, "causal_normformer", True),
+        ({"vocab_size": CODES + 2}, "mlp", True),
+        ({}, "bidirectional", True),
+        ({}, "bidirectional", False),
+    ],
+)
+def test_hybrid_draws_from_what_forward_predicts(settings, decoder, use_cache):
+    """Codes so far, decoded, the last constituent of each step appended: the scores are those of `forward`."""
+    model, vqvae = make_model(OmniJetForPreTraining, **settings), make_vqvae(decoder)
+    jets = torch.randn(3, 2) if model.config.num_jet_features else None
+    start = torch.zeros(3, 1, dtype=torch.long)
+    torch.manual_seed(3)
+    options = {"suppress_tokens": [CODES + 1], "use_cache": use_cache}
+    output = model.generate(
+        vqvae, start, jets, max_new_tokens=8, return_dict_in_generate=True, output_logits=True, **options
+    )
+    ids = output.sequences
+    assert ids.shape == (3, 9) and ids[:, 1:].min() > 0 and ids.max() <= CODES
+    assert len(set(ids[:, 1:].flatten().tolist())) > 8
+    with torch.no_grad():
+        features = torch.zeros(3, 1, 3)
+        for end in range(1, 9):
+            features = torch.cat([features, vqvae.decode(ids[:, 1 : end + 1] - 1)[:, -1:]], dim=1)
+        expected = model(features[:, :-1], jet_features=jets).generation_logits[..., 0]
+        if decoder.startswith("causal"):
+            torch.testing.assert_close(features[:, 1:], vqvae.decode(ids[:, 1:] - 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+    # a jet that is begun goes on as if it had not been interrupted
+    going_on = model.generate(
+        vqvae, ids[:, :5], jets, max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **options
+    )
+    torch.testing.assert_close(going_on.logits[0], expected[:, 4], atol=1e-4, rtol=1e-4)
+
+
+def test_hybrid_jets_end_at_the_stop(tmp_path):
+    model, vqvae = make_model(OmniJetForPreTraining), make_vqvae()
+    torch.manual_seed(1)
+    ids = model.generate(vqvae, num_return_sequences=40)
+    stop, pad = model.config.eos_token_id, model.config.pad_token_id
+    assert ids.shape[1] <= model.config.max_position_embeddings + 1
+    assert (ids[:, 0] == 0).all() and (ids[:, 1:] > 0).all()
+    behind = (ids == stop).cumsum(dim=1).bool()
+    ended = behind.any(dim=1)
+    assert ended.sum() > 0 and ((ids == pad) == (behind & (ids != stop))).all()
+    # the settings of the other generator, kept in the same way
+    model.generation_config.stop_token_threshold = 1.0
+    model.save_pretrained(tmp_path)
+    loaded = OmniJetForPreTraining.from_pretrained(tmp_path)
+    assert not (loaded.generate(vqvae, num_return_sequences=5, max_new_tokens=6) == stop).any()
+    beams = model.generate(vqvae, num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=5)
+    assert len(beams.unique(dim=0)) == 3
+    assert torch.equal(model.generate(vqvae, num_beams=3, do_sample=False, max_new_tokens=5)[0], beams[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "decoder", "arguments", "message"),
+    [
+        ({"use_hybrid_passes": False, "is_causal": False}, {}, {}, "constituents see later ones"),
+        ({}, {"num_features": 4}, {}, "the VQ-VAE has `num_features` = 4, expected that of the model, 3"),
+        ({}, {"codebook_size": 9}, {}, "the VQ-VAE has `codebook_size` = 9, expected that of the model, 20"),
+        ({}, {"num_jet_features": 1}, {}, "expected one that decodes codes alone"),
+        ({}, {}, {"jet_features": torch.zeros(2, 2)}, r"shape \(2, 2\), expected none"),
+        ({"num_jet_features": 2}, {}, {}, r"`jet_features` has shape None, expected \(1, 2\)"),
+        ({}, {}, {"input_ids": torch.tensor([[0, 3, 22]])}, "must be the start id and codes"),
+        ({}, {}, {"input_ids": torch.tensor([[3, 4]])}, "must be the start id and codes"),
+        ({}, {}, {"input_ids": torch.tensor([[0, 99]])}, "ids from 0 to 99, expected 0 to 22"),
+        ({}, {}, {"cache_implementation": "static"}, "there are several networks"),
+    ],
+)
+def test_hostile_generation_of_the_hybrid(settings, decoder, arguments, message):
+    model = make_model(OmniJetForPreTraining, **settings)
+    with pytest.raises(ValueError, match=message):
+        model.generate(make_vqvae(**decoder), **arguments)
+
+
 def test_share_of_masked_positions():
     mask = torch.arange(50) < torch.tensor([[50], [20], [3]])
     torch.manual_seed(0)
@@ -614,6 +764,11 @@ def test_hostile_inputs_of_the_models():
         classifier(input_ids=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"`particle_features` has shape \(2, 3, 4\), expected \(batch, length, 3\)"):
         classifier(particle_features=torch.zeros(2, 3, 4))
+    # what is left of a batch whose jets were all dropped
+    with pytest.raises(ValueError, match=r"`input_ids` has shape \(0, 0\), expected at least one jet"):
+        make_model(OmniJetForSequenceClassification)(torch.zeros(0, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"`particle_features` has shape \(0, 5, 3\), expected at least one jet"):
+        classifier(particle_features=torch.zeros(0, 5, 3))
     hybrid = make_model(OmniJetForPreTraining, num_jet_features=2)
     with pytest.raises(ValueError, match="`jet_features` has shape None"):
         hybrid(torch.zeros(2, 5, 3))
@@ -690,6 +845,8 @@ def test_hostile_checkpoints(change, message):
         ({"n_heads": 4.5}, "n_heads = 4.5, expected a whole number"),
         ({"stop_token_id": 3}, "stop_token_id = 3, but the checkpoint has 21"),
         ({"attention_dropout": float("nan")}, "attention_dropout"),
+        ({"apply_causal_mask": "no"}, "apply_causal_mask = 'no', expected true or false"),
+        ({"stop_token_weight": -1}, "`stop_token_weight` is -1"),
     ],
 )
 def test_hostile_reference_configurations(reference_config, message):

@@ -259,6 +259,7 @@ def test_hostile_inputs():
         ((features[..., :2], mask), "particle_features has shape (3, 6, 2), expected (batch, length, 3)"),
         ((features, mask[:, :4]), "attention_mask has shape (3, 4), expected (3, 6)"),
         ((features, mask, torch.zeros(3, 1)), "num_jet_features = 0"),
+        ((features[:0], mask[:0]), "the input has shape (0, 6, 3), expected at least one jet and one constituent"),
     ):
         with pytest.raises(ValueError) as error:
             model(*arguments)
@@ -315,6 +316,7 @@ def test_conversion_of_a_training_configuration():
         ({"num_codes": 9}, "num_codes = 9, but the checkpoint has 5"),
         ({"norm": "l2"}, "norm = 'l2', which is not supported"),
         ({"beta": "nan"}, "beta = 'nan', expected a finite number"),
+        ({"replace_freq": 2.5}, "replace_freq = 2.5, expected a whole number"),
     ],
 )
 def test_hostile_reference_configurations(change, message):
@@ -372,6 +374,9 @@ def test_conversion_of_features():
         ({"func": "np.load", "inv_func": "np.save"}, "func = 'load', expected one of"),
         ({"func": "np.log", "inv_func": "np.tanh"}, "inv_func = 'tanh', expected 'exp'"),
         ({"inv_func": "np.exp"}, "without func"),
+        ({"func": ["np.log"], "inv_func": "np.exp"}, "expected one of log"),
+        ({"binning": 5}, "binning = 5, expected (first edge, last edge, number of edges)"),
+        ({1: 2, "surprise": 3}, "1, surprise, which is not supported"),
         ({"multiply_by": "3"}, "multiply_by = '3', expected a finite number"),
         ({"surprise": 1}, "surprise, which is not supported"),
     ],

@@ -204,6 +204,19 @@ def test_hostile_classes(chain, tmp_path, classes, message):
         run_classification([*flags, "--classes", *classes, "--max_steps", "1", *common_flags(chain, tmp_path)])
 
 
+def test_hostile_test_set_that_is_dropped_as_a_whole(chain, tmp_path):
+    """One line, and before anything is trained."""
+    columns = make_jets(20, seed=5)
+    columns["part_px"] = [[float("nan")] * len(values) for values in columns["part_px"]]
+    bad = write_jets(tmp_path / "bad.parquet", columns)
+    flags = ["--model_name_or_path", str(chain / "gpt"), *CLASSIFY, *CLASSES, "--max_steps", "1"]
+    flags += ["--train_file", str(chain / "train.parquet"), "--test_file", bad, "--do_predict"]
+    flags += ["--tokenizer_kwargs", "on_invalid=drop_jets", *common_flags(chain, tmp_path / "run")]
+    with pytest.raises(InputError, match="test data: all 20 rows were dropped as invalid"):
+        run_classification(flags)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
