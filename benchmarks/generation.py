@@ -4,6 +4,8 @@ Generation speed against the way the reference computes: same weights, same mach
     python benchmarks/generation.py --family cmhca_dirc
     python benchmarks/generation.py --family spade
     python benchmarks/generation.py --family omnijet
+    python benchmarks/generation.py --family omnilearned
+    python benchmarks/generation.py --family epic_fm
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -158,13 +160,35 @@ def benchmark_omnijet(arguments: argparse.Namespace) -> dict:
     return benchmark_generation(arguments)
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade, "omnijet": benchmark_omnijet}
+def benchmark_epic_fm(arguments: argparse.Namespace) -> dict:
+    from epic_fm import benchmark_generation
+
+    return benchmark_generation(arguments)
+
+
+def benchmark_omnilearned(arguments: argparse.Namespace) -> dict:
+    from omnilearned import benchmark_generation
+
+    return benchmark_generation(arguments)
+
+
+BENCHMARKS = {
+    "omnilearned": benchmark_omnilearned,
+    "cmhca_dirc": benchmark_cmhca_dirc,
+    "spade": benchmark_spade,
+    "omnijet": benchmark_omnijet,
+    "epic_fm": benchmark_epic_fm,
+}
 # batch sizes, photons of a track or hits of a shower, positions at which the reference's step is timed
 DEFAULTS = {
+    # jets; midpoint steps of the reference
+    "omnilearned": {"batches": [16], "points": 3},
     "cmhca_dirc": {"batches": [1, 8, 64], "length": 100, "points": 9},
     "spade": {"batches": [1, 32], "length": 200, "points": 7},
     # jets of 64 constituents, then showers of 200 hits (omnijet.py)
     "omnijet": {"points": 7},
+    # jets; midpoint steps of the reference
+    "epic_fm": {"batches": [64], "points": 2},
 }
 
 

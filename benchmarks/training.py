@@ -4,6 +4,8 @@ Training step against the way the reference computes: same weights, same batch, 
     python benchmarks/training.py --family cmhca_dirc
     python benchmarks/training.py --family spade
     python benchmarks/training.py --family omnijet
+    python benchmarks/training.py --family omnilearned
+    python benchmarks/training.py --family fm4npp
 
 Prints a table and, as its last line, one JSON object (see README.md).
 """
@@ -139,20 +141,42 @@ def benchmark_omnijet(arguments: argparse.Namespace) -> dict:
     return benchmark_training(arguments)
 
 
-BENCHMARKS = {"cmhca_dirc": benchmark_cmhca_dirc, "spade": benchmark_spade, "omnijet": benchmark_omnijet}
-# tracks, showers or jets of a batch (the first two as published)
-DEFAULT_BATCH = {"cmhca_dirc": 64, "spade": 4, "omnijet": 64}
+def benchmark_fm4npp(arguments: argparse.Namespace) -> dict:
+    from fm4npp import benchmark_training
+
+    return benchmark_training(arguments)
+
+
+def benchmark_omnilearned(arguments: argparse.Namespace) -> dict:
+    from omnilearned import benchmark_training
+
+    return benchmark_training(arguments)
+
+
+BENCHMARKS = {
+    "omnilearned": benchmark_omnilearned,
+    "cmhca_dirc": benchmark_cmhca_dirc,
+    "spade": benchmark_spade,
+    "omnijet": benchmark_omnijet,
+    "fm4npp": benchmark_fm4npp,
+}
+# tracks, showers, jets or events of a batch (the first two as published)
+DEFAULT_BATCH = {"omnilearned": 32, "cmhca_dirc": 64, "spade": 4, "omnijet": 64, "fm4npp": 1}
+DEFAULT_LENGTH = {"cmhca_dirc": 250, "fm4npp": 2048}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", required=True, choices=sorted(BENCHMARKS))
-    parser.add_argument("--batch", type=int, help="default 64 tracks, 4 showers, 64 jets")
-    parser.add_argument("--length", type=int, default=250, help="cmhca_dirc: tokens counted from SOS (default 250)")
+    parser.add_argument("--batch", type=int, help="default 64 tracks, 4 showers, 64 jets (omnilearned 32), 1 event")
+    parser.add_argument(
+        "--length", type=int, help="cmhca_dirc: tokens counted from SOS (default 250); fm4npp: points (default 2048)"
+    )
     parser.add_argument("--batches", type=int, default=4, help="spade: batches of different showers (default 4)")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args(argv)
     arguments.batch = arguments.batch or DEFAULT_BATCH[arguments.family]
+    arguments.length = arguments.length or DEFAULT_LENGTH.get(arguments.family)
     result = BENCHMARKS[arguments.family](arguments)
     print(json.dumps(result))
     return 0

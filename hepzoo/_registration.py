@@ -20,6 +20,7 @@ class Family:
     config: str
     models: tuple[tuple[str, str], ...]  # (Auto class, model class)
     tokenizer: str | None = None
+    feature_extractor: str | None = None
 
     @property
     def configuration_module(self) -> str:
@@ -33,12 +34,18 @@ class Family:
     def tokenization_module(self) -> str:
         return f"hepzoo.tokenization.tokenization_{self.model_type}"
 
+    @property
+    def feature_extraction_module(self) -> str:
+        return f"hepzoo.tokenization.feature_extraction_{self.model_type}"
+
     def exports(self) -> dict[str, str]:
         """Public class names and the modules that define them."""
         names = {self.config: self.configuration_module}
         names.update({model: self.modeling_module for _, model in self.models})
         if self.tokenizer is not None:
             names[self.tokenizer] = self.tokenization_module
+        if self.feature_extractor is not None:
+            names[self.feature_extractor] = self.feature_extraction_module
         return names
 
     def load(self, name: str) -> type:
@@ -79,6 +86,35 @@ FAMILIES = (
         ),
         tokenizer="OmniJetTokenizer",
     ),
+    Family(
+        model_type="fm4npp",
+        config="Fm4nppConfig",
+        models=(
+            ("AutoModel", "Fm4nppModel"),
+            ("AutoModelForPreTraining", "Fm4nppForPreTraining"),
+            ("AutoModelForInstanceSegmentation", "Fm4nppForTrackFinding"),
+            ("AutoModelForTokenClassification", "Fm4nppForTokenClassification"),
+        ),
+        feature_extractor="Fm4nppFeatureExtractor",
+    ),
+    Family(
+        model_type="omnilearned",
+        config="OmniLearnedConfig",
+        models=(
+            ("AutoModel", "OmniLearnedModel"),
+            ("AutoModelForSequenceClassification", "OmniLearnedForSequenceClassification"),
+            ("AutoModelForTokenClassification", "OmniLearnedForTokenClassification"),
+            ("AutoModelForPreTraining", "OmniLearnedForPreTraining"),
+            ("AutoModelForPreTraining", "OmniLearnedForGeneration"),
+        ),
+        feature_extractor="OmniLearnedFeatureExtractor",
+    ),
+    Family(
+        model_type="epic_fm",
+        config="EpicFMConfig",
+        models=(("AutoModel", "EpicFMModel"), ("AutoModelForPreTraining", "EpicFMForGeneration")),
+        feature_extractor="EpicFMFeatureExtractor",
+    ),
 )
 
 
@@ -92,8 +128,15 @@ def _register(auto_module: str, family: Family):
     if auto_module.endswith("configuration_auto"):
         auto.AutoConfig.register(family.model_type, config_class, exist_ok=True)
     elif auto_module.endswith("modeling_auto"):
-        for auto_class, model in family.models:
-            getattr(auto, auto_class).register(config_class, family.load(model), exist_ok=True)
+        for auto_class in dict(family.models):
+            # of several classes, the Auto class takes the one that the configuration of a checkpoint names
+            models = tuple(family.load(model) for name, model in family.models if name == auto_class)
+            model_class = models if len(models) > 1 else models[0]
+            getattr(auto, auto_class).register(config_class, model_class, exist_ok=True)
+    elif auto_module.endswith("feature_extraction_auto"):
+        if family.feature_extractor is not None:
+            extractor = family.load(family.feature_extractor)
+            auto.AutoFeatureExtractor.register(config_class, extractor, exist_ok=True)
     elif family.tokenizer is not None:
         auto.AutoTokenizer.register(config_class, tokenizer_class=family.load(family.tokenizer), exist_ok=True)
 
@@ -106,6 +149,7 @@ _REGISTRATIONS = [
         ("configuration_auto", family.configuration_module),
         ("modeling_auto", family.modeling_module),
         ("tokenization_auto", family.tokenization_module),
+        ("feature_extraction_auto", family.feature_extraction_module),
     )
 ]
 OUR_MODULES = {module for _, _, module in _REGISTRATIONS}

@@ -257,9 +257,20 @@ def read_pickle(content: bytes) -> Any:
     return stack.pop()
 
 
-def unwrapped(checkpoint: Any) -> dict[str, Any]:
-    """The state dict of a training checkpoint, or the state dict itself."""
-    for key in ("net_state_dict", "state_dict", "model_state_dict"):
+def unwrapped(checkpoint: Any, parts: dict[str, str] | None = None) -> dict[str, Any]:
+    """
+    The state dict of a training checkpoint, or the state dict itself. `parts` as for `load_checkpoint`.
+    """
+    if parts and isinstance(checkpoint, dict):
+        found = {part: dict.get(checkpoint, part) for part in parts}
+        if any(isinstance(content, dict) for content in found.values()):
+            return {
+                f"{parts[part]}{name}": value
+                for part, content in found.items()
+                if isinstance(content, dict)
+                for name, value in dict.items(content)
+            }
+    for key in ("net_state_dict", "state_dict", "model_state_dict", "model_state"):
         if isinstance(checkpoint, dict) and isinstance(dict.get(checkpoint, key), dict):
             checkpoint = dict.get(checkpoint, key)
     if not isinstance(checkpoint, dict) or not checkpoint:
@@ -268,20 +279,26 @@ def unwrapped(checkpoint: Any) -> dict[str, Any]:
     return dict(dict.items(checkpoint))
 
 
-def read_archive(path: Path) -> dict[str, Any]:
+def read_contents(archive: zipfile.ZipFile, path: Path) -> tuple[str, Any]:
+    """Folder of the records in an archive of `torch.save`, and the containers and `StoredTensor`s of its pickle."""
+    pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"expected one record data.pkl, found {len(pickles)}")
+    if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+        raise ValueError("its records are larger than the file")
+    folder = pickles[0].partition("/")[0]
+    if f"{folder}/byteorder" in archive.namelist() and read_record(archive, f"{folder}/byteorder") != b"little":
+        raise ValueError("its numbers are not little-endian")
+    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+    return folder, read_pickle(read_record(archive, pickles[0]))
+
+
+def read_archive(path: Path, parts: dict[str, str] | None = None) -> dict[str, Any]:
     """State dict of a file of `torch.save` since torch 1.6; of the rest of a training checkpoint nothing is read."""
     with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"expected one record data.pkl, found {len(pickles)}")
-        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its records are larger than the file")
-        folder = pickles[0].partition("/")[0]
-        if f"{folder}/byteorder" in archive.namelist() and read_record(archive, f"{folder}/byteorder") != b"little":
-            raise ValueError("its numbers are not little-endian")
-        if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
-        state_dict = unwrapped(read_pickle(read_record(archive, pickles[0])))
+        folder, content = read_contents(archive, path)
+        state_dict = unwrapped(content, parts)
         storages: dict[str, Any] = {}
         return {
             name: value.read(archive, folder, storages) if isinstance(value, StoredTensor) else value
@@ -289,7 +306,7 @@ def read_archive(path: Path) -> dict[str, Any]:
         }
 
 
-def read_older_file(path: Path) -> dict[str, Any]:
+def read_older_file(path: Path, parts: dict[str, str] | None = None) -> dict[str, Any]:
     """State dict of a file of `torch.save` before torch 1.6: tensors, numpy values and builtin containers only."""
     import numpy as np
     import torch
@@ -301,15 +318,20 @@ def read_older_file(path: Path) -> dict[str, Any]:
     # older numpy pickles name the same functions in numpy.core
     aliases = [(function, f"numpy.core.multiarray.{function.__name__}") for function in numpy_types[2:4]]
     with torch.serialization.safe_globals([*numpy_types, *aliases]):
-        return unwrapped(torch.load(path, map_location="cpu", weights_only=True))
+        return unwrapped(torch.load(path, map_location="cpu", weights_only=True), parts)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, parts: dict[str, str] | None = None) -> dict[str, Any]:
     """
     State dict of a `.safetensors`, `.pth`, `.pt` or `.ckpt` file, on the CPU.
 
-    Training checkpoints that hold the weights under `net_state_dict`, `state_dict` or `model_state_dict` are unwrapped.
+    Training checkpoints that hold the weights under `net_state_dict`, `state_dict`, `model_state_dict` or `model_state`
+    are unwrapped.
     The rest of them may hold objects of any package, which are neither imported nor rebuilt.
+
+    Args:
+        parts: of training checkpoints that hold the weights in several dictionaries: their names, and what is put in
+            front of the names of their parameters.
 
     Raises:
         ValueError: if the file is not a checkpoint, or its pickle asks for what no checkpoint needs (nothing of it is
@@ -331,7 +353,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     try:
-        state_dict = read_archive(path) if is_archive else read_older_file(path)
+        state_dict = read_archive(path, parts) if is_archive else read_older_file(path, parts)
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "global" in line.lower()), first_line(error))
         raise ValueError(f"{path}: refused, it holds more than tensors and plain values: {reason}") from None
@@ -353,3 +375,34 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if views:
         raise ValueError(f"{path}: these tensors are larger than what is stored of them: {', '.join(sorted(views))}")
     return state_dict
+
+
+def load_averaged_weights(path: str | Path) -> dict[str, Any] | None:
+    """
+    State dict of the moving average that a Lightning callback has kept in a training checkpoint as `ema_weights`, a
+    list in the order of the state dict; `None` if there is none. Read as safely as by `load_checkpoint`, which should
+    have read the file before.
+
+    Raises:
+        ValueError: if the list does not have one tensor for every entry of the state dict.
+    """
+    path = Path(path)
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        folder, checkpoint = read_contents(archive, path)
+        callbacks = dict.get(checkpoint, "callbacks") if isinstance(checkpoint, dict) else None
+        states = dict.values(callbacks) if isinstance(callbacks, dict) else ()
+        averages = [dict.get(state, "ema_weights") for state in states if isinstance(state, dict)]
+        averages = [average for average in averages if isinstance(average, list) and average]
+        if not averages:
+            return None
+        names = list(unwrapped(checkpoint))
+        average = averages[0]
+        if len(average) != len(names) or not all(isinstance(value, StoredTensor) for value in average):
+            raise ValueError(f"{path}: ema_weights has {len(average)} entries, expected {len(names)} tensors")
+        storages: dict[str, Any] = {}
+        try:
+            return {name: value.read(archive, folder, storages) for name, value in zip(names, average)}
+        except (RuntimeError, OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: its ema_weights cannot be read ({first_line(error)})") from None

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "dirc": "hepzoo.data_scripts.simulate_dirc",
             "showers": "hepzoo.data_scripts.simulate_showers",
             "jets": "hepzoo.data_scripts.simulate_jets",
+            "tpc": "hepzoo.data_scripts.simulate_tpc",
         },
     ),
     "generate": (
@@ -22,6 +23,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "dirc": "hepzoo.training.generate",
             "showers": "hepzoo.training.generate_showers",
             "jets": "hepzoo.training.generate_jets",
+            "flow-jets": "hepzoo.training.generate_flow_jets",
         },
     ),
     "convert": ("convert a published checkpoint, or published data", "hepzoo.conversion"),
@@ -31,6 +33,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "dirc": "hepzoo.evaluation.evaluate_dirc",
             "showers": "hepzoo.evaluation.evaluate_showers",
             "jets": "hepzoo.evaluation.evaluate_jets",
+            "tracking": "hepzoo.evaluation.evaluate_tracking",
             "tokens": "hepzoo.evaluation.token_quality",
         },
     ),
@@ -40,6 +43,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "dirc": "hepzoo.evaluation.plot_dirc",
             "showers": "hepzoo.evaluation.plot_showers",
             "jets": "hepzoo.evaluation.plot_jets",
+            "tracking": "hepzoo.evaluation.plot_tracking",
         },
     ),
     "convert-data": (
@@ -50,6 +54,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "jetclass": "hepzoo.data_scripts.convert_jetclass",
             "aspenopenjets": "hepzoo.data_scripts.convert_aspenopenjets",
             "toptagging": "hepzoo.data_scripts.convert_toptagging",
+            "tpcpp10m": "hepzoo.data_scripts.convert_tpcpp10m",
+            "tpc-bin-edges": "hepzoo.data_scripts.tpc_bin_edges",
         },
     ),
 }
@@ -59,22 +65,29 @@ examples:
   hepzoo simulate dirc --output data/dirc --n_tracks 10000 --method MixPiK --momentum 1-10 --theta 25-160
   hepzoo simulate showers --output data/showers --n_showers 10000 --energy 10-100
   hepzoo simulate jets --output data/jets --classes QCD,Tbqq --n_jets 1000
+  hepzoo simulate tpc --output data/tpc --n_events 1000
   hepzoo generate --model pion_generator --n_tracks 1000 --method Pion --momentum 6 --theta 30 --output generated
   hepzoo generate showers --model spade --n_showers 1000 --energy 10-100 --output generated
   hepzoo generate jets --model jets --n_jets 1000 --axes_from data/jets --output generated
+  hepzoo generate flow-jets --model epic --n_jets 1000 --classes label_QCD label_Tbqq --output generated
   hepzoo convert cmhca_dirc --checkpoint Pion_model.pth --config CA_config.json --output pion_generator
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade
   hepzoo convert omnijet --checkpoint model_ckpt.ckpt --config config.yaml --output jet_tokenizer
+  hepzoo convert fm4npp --checkpoint pp_nerf_m1_k30.ckpt --config mamba_m1.yaml --output fm4npp_m3
   hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
   hepzoo convert-data showers gamma-fullG4.hdf5 --output data/showers
   hepzoo convert-data jetclass TTBar_000.root ZJetsToNuNu_000.root --output data/jets
+  hepzoo convert-data tpcpp10m TPCpp-10M --output data/tpc
+  hepzoo convert-data tpc-bin-edges data/tpc/unlabeled/*.parquet --output models/extractor
   hepzoo evaluate dirc --real data/dirc --generated generated
   hepzoo evaluate showers --real data/validation.parquet --generated generated
   hepzoo plot dirc --real data/dirc --generated generated --output plots
   hepzoo evaluate jets --real data/jets --generated generated
   hepzoo evaluate tokens --original data/jets --reconstructed reconstructed
   hepzoo plot showers --real data/validation.parquet --generated generated --output plots
+  hepzoo evaluate tracking --input predictions.parquet
   hepzoo plot jets --real data/jets --generated generated --output plots
+  hepzoo plot tracking --input predictions.parquet --output plots
 
 `hepzoo COMMAND --help` shows the options and examples of a command."""
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hepzoo.checkpoints import first_line, load_checkpoint
+from hepzoo.checkpoints import first_line, load_averaged_weights, load_checkpoint
 
 EXAMPLES = """\
 examples:
@@ -23,6 +23,10 @@ examples:
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade_x1
   hepzoo convert omnijet --checkpoint vqvae_8192_tokens/model_ckpt.ckpt --config vqvae_8192_tokens/config.yaml \\
       --output jet_tokenizer
+  hepzoo convert fm4npp --checkpoint pp_nerf_m1_k30.ckpt --config mamba_m1.yaml --output fm4npp_m3
+  hepzoo convert fm4npp --checkpoint track_finding.pth --config tracking.yaml --backbone fm4npp_m3 --output track_finder
+  hepzoo convert omnilearned --checkpoint best_model_pretrain_s.pt --config omnilearned.json --output omnilearned_small
+  hepzoo convert epic_fm --checkpoint epicfm_baseline.ckpt --config jetclass_cond.yaml --output epic_fm
 """
 
 
@@ -180,12 +184,145 @@ def convert_omnijet(checkpoint: str | Path, config: str | Path) -> tuple[Any, An
     return model, tokenizer
 
 
-FAMILIES = {"cmhca_dirc": convert_cmhca_dirc, "spade": convert_spade, "omnijet": convert_omnijet}
+def convert_omnilearned(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
+    """
+    A published OmniLearned checkpoint (classifier, generator, flavour tagger, or several objectives, also of the
+    pre-training study) to a model. The averaged weights are taken where the configuration says `use_ema`.
+    """
+    from hepzoo.modeling import modeling_omnilearned
+    from hepzoo.modeling.conversion_common import convert_state_dict
+    from hepzoo.modeling.conversion_omnilearned import (
+        AVERAGED,
+        AVERAGED_PARTS,
+        CHECKPOINT_PARTS,
+        KEY_PATTERNS,
+        add_codebook,
+        architecture_of,
+        convert_config,
+    )
+
+    reference_config = load_reference_config(config)
+    use_ema = bool(reference_config.get("use_ema"))
+    reference = load_checkpoint(checkpoint, AVERAGED_PARTS if use_ema else CHECKPOINT_PARTS)
+    if use_ema:
+        if not all(name.startswith(AVERAGED) for name in reference):
+            raise ValueError(f"{checkpoint}: configuration says use_ema, but the checkpoint has no averaged weights")
+        reference = {name.removeprefix(AVERAGED): tensor for name, tensor in reference.items()}
+    try:
+        state_dict = convert_state_dict(reference, KEY_PATTERNS)
+        model_config = convert_config(reference_config, state_dict)
+        add_codebook(model_config, state_dict)
+        model = getattr(modeling_omnilearned, architecture_of(state_dict))(model_config).eval()
+        load_strictly(model, state_dict, str(checkpoint))
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    return model, None
+
+
+def convert_fm4npp(checkpoint: str | Path, config: str | Path, backbone: str | Path | None = None) -> tuple[Any, None]:
+    """
+    A reference FM4NPP checkpoint: a pre-trained backbone, or a head. Heads that share a checkpoint, each under a
+    prefix, become a dictionary of models.
+
+    Args:
+        backbone: folder of the converted backbone to put under the heads; otherwise they read block outputs only.
+    """
+    from hepzoo.modeling import modeling_fm4npp
+    from hepzoo.modeling.conversion_fm4npp import (
+        architecture_of,
+        convert_backbone_config,
+        convert_head_config,
+        convert_parameters,
+        split_heads,
+    )
+
+    reference_config = load_reference_config(config)
+    reference = load_checkpoint(checkpoint)
+    base = None
+    if backbone is not None:
+        settings = load_reference_config(Path(backbone) / "config.json")
+        if settings.get("model_type") != "fm4npp" or settings.get("use_backbone") is False:
+            raise ValueError(f"{backbone}: is not the folder of a converted FM4NPP backbone")
+        base = modeling_fm4npp.Fm4nppModel.from_pretrained(backbone)
+    models = {}
+    try:
+        heads = split_heads(reference)
+        if not heads and base is not None:
+            raise ValueError("is a backbone itself, `--backbone` is for heads")
+        for name, parameters in heads.items() or [("", reference)]:
+            state_dict = convert_parameters(parameters, is_head=bool(heads))
+            if heads:
+                model_config = convert_head_config(reference_config, state_dict, base and base.config)
+            else:
+                model_config = convert_backbone_config(reference_config, state_dict)
+            if base is not None:
+                state_dict |= {f"model.{parameter}": tensor for parameter, tensor in base.state_dict().items()}
+            models[name] = getattr(modeling_fm4npp, architecture_of(state_dict))(model_config).eval()
+            load_strictly(models[name], state_dict, str(checkpoint))
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    return models.get("", models), None
+
+
+def convert_epic_fm(checkpoint: str | Path, config: str | Path) -> tuple[Any, Any]:
+    """
+    A published EPiC flow to a model and its feature extractor. Of a training checkpoint that holds a moving average of
+    the weights, that is taken, as the published evaluation does.
+    """
+    from hepzoo.modeling.conversion_epic_fm import FREQUENCIES, convert_config, convert_features, convert_parameters
+    from hepzoo.modeling.modeling_epic_fm import EpicFMForGeneration
+    from hepzoo.tokenization.feature_extraction_epic_fm import EpicFMFeatureExtractor
+
+    reference_config = load_reference_config(config)
+    reference = load_checkpoint(checkpoint)
+    averaged = load_averaged_weights(checkpoint)
+    if averaged is not None:
+        print(f"{checkpoint}: taking the moving average of its weights")
+        reference = averaged
+    try:
+        state_dict = convert_parameters(reference)
+        model_config = convert_config(reference_config, state_dict, reference.get(FREQUENCIES))
+        features = convert_features(reference_config, model_config)
+        model = EpicFMForGeneration(model_config).eval()
+        load_strictly(model, state_dict, str(checkpoint))
+    except ValueError as error:
+        raise ValueError(str(error) if str(checkpoint) in str(error) else f"{checkpoint}: {error}") from None
+    try:
+        extractor = EpicFMFeatureExtractor(
+            feature_names=features,
+            label_names=EpicFMFeatureExtractor().label_names if model_config.num_classes else [],
+            condition_names=model_config.condition_names,
+            max_num_particles=model_config.max_num_particles,
+        )
+    except (TypeError, ValueError):
+        # features or conditions whose constants are not published
+        extractor = None
+    return model, extractor
+
+
+FAMILIES = {
+    "epic_fm": convert_epic_fm,
+    "fm4npp": convert_fm4npp,
+    "omnilearned": convert_omnilearned,
+    "cmhca_dirc": convert_cmhca_dirc,
+    "spade": convert_spade,
+    "omnijet": convert_omnijet,
+}
 # what to do where a checkpoint does not bring its tokenizer
 WITHOUT_TOKENIZER = {
+    "epic_fm": "the constants of its features are not known; save an EpicFMFeatureExtractor with yours there",
+    "omnilearned": "its inputs are the features of the particles as they are",
     "cmhca_dirc": "its vocabulary is not that of the hpDIRC plane; save a CMHCADircTokenizer with your geometry there",
     "omnijet": "it belongs to the tokenizer network; convert that, and save its OmniJetTokenizer there too",
+    "fm4npp": "its bin edges are not in the checkpoint; save an Fm4nppFeatureExtractor with yours there",
 }
+
+
+def write_card(model, checkpoint: str | Path, folder: Path):
+    """A card that says what the model is, and what the paper calls its size: the published files have other names."""
+    from hepzoo.modeling.conversion_fm4npp import model_card
+
+    (folder / "README.md").write_text(model_card(model, Path(checkpoint).name), encoding="utf-8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -198,7 +335,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("family", choices=sorted(FAMILIES), help="model family")
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .ckpt or .safetensors file")
     parser.add_argument("--config", required=True, help="the reference's JSON or YAML configuration")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="folder to write; must not exist or be empty. Several heads in one checkpoint become sub-folders of it",
+    )
+    parser.add_argument(
+        "--backbone", help="fm4npp heads: converted backbone to put under them (default: none, they read block outputs)"
+    )
     return parser
 
 
@@ -207,18 +351,28 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not an empty folder")
-    model, tokenizer = FAMILIES[arguments.family](arguments.checkpoint, arguments.config)
+    options = {}
+    if arguments.backbone is not None:
+        if arguments.family != "fm4npp":
+            raise ValueError(f"--backbone is for the heads of fm4npp, not for {arguments.family}")
+        options["backbone"] = arguments.backbone
+    converted, tokenizer = FAMILIES[arguments.family](arguments.checkpoint, arguments.config, **options)
+    models = converted if isinstance(converted, dict) else {"": converted}
     output.parent.mkdir(parents=True, exist_ok=True)
     # written beside the target and renamed, so that a failure leaves nothing behind
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         staging = Path(temporary) / output.name
-        model.save_pretrained(staging)
+        for name, model in models.items():
+            model.save_pretrained(staging / name)
+            if arguments.family == "fm4npp":
+                write_card(model, arguments.checkpoint, staging / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if output.exists():
             output.rmdir()
         shutil.move(staging, output)
-    print(f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters")
+    for name, model in models.items():
+        print(f"{output / name}: {type(model).__name__}, {model.num_parameters():,} parameters")
     if tokenizer is None:
         print(f"{output}: no tokenizer written, {WITHOUT_TOKENIZER[arguments.family]}")
     return 0

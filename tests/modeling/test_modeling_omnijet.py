@@ -49,6 +49,15 @@ LENGTHS = (7, 1, 12, 4)
 cross_entropy = torch.nn.functional.cross_entropy
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads on tensors this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_model(model_class=OmniJetForCausalLM, seed: int = 0, **settings):
     torch.manual_seed(seed)
     base = HYBRID if model_class is OmniJetForPreTraining else TINY
