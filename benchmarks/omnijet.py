@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hepzoo import OmniJetConfig, OmniJetForCausalLM, OmniJetVQVAEConfig, OmniJetVQVAEModel
+from hepzoo import OmniJetConfig, OmniJetForCausalLM, OmniJetTokenizer, OmniJetVQVAEConfig, OmniJetVQVAEModel
 from hepzoo.modeling.chunked_cross_entropy import chunked_linear_cross_entropy
 from hepzoo.modeling.vector_quantization import nearest_codes
 
@@ -318,19 +318,12 @@ def jet_by_jet_tokens_and_back(model: OmniJetVQVAEModel, jets: list[torch.Tensor
     return codes, decoded
 
 
-@torch.no_grad()
-def our_tokens_and_back(model: OmniJetVQVAEModel, jets: list[torch.Tensor], batch: int):
-    codes, decoded = [], []
-    for start in range(0, len(jets), batch):
-        part = jets[start : start + batch]
-        lengths = [len(jet) for jet in part]
-        features = nn.utils.rnn.pad_sequence(part, batch_first=True)
-        is_real = torch.arange(features.shape[1]) < torch.tensor(lengths).unsqueeze(-1)
-        padded = model.encode(features, is_real.long())
-        output = model.decode(padded, is_real.long())
-        codes += padded[is_real].split(lengths)
-        decoded += output[is_real].split(lengths)
-    return codes, decoded
+def our_tokens_and_back(tokenizer: OmniJetTokenizer, jets: list[torch.Tensor]):
+    """As the tokenizer does it: jets of similar length together, the encoder for codes, the decoder for features."""
+    lengths = np.array([len(jet) for jet in jets])
+    codes = tokenizer._run_vqvae("encode", torch.cat(jets).numpy(), lengths)
+    decoded = tokenizer._run_vqvae("decode", codes, lengths)
+    return [torch.from_numpy(values).split(lengths.tolist()) for values in (codes, decoded)]
 
 
 def benchmark_vqvae(repeats: int, num_jets: int = 512, batch: int = 128) -> dict:
@@ -341,10 +334,10 @@ def benchmark_vqvae(repeats: int, num_jets: int = 512, batch: int = 128) -> dict
     ways = {
         "cdist + loops, padded to 128": reference_tokens_and_back,
         "cdist, one jet at a time": jet_by_jet_tokens_and_back,
-        "ours": our_tokens_and_back,
     }
-    codes, decoded = our_tokens_and_back(model, jets, batch)
-    for name, way in list(ways.items())[:2]:
+    tokenizer = OmniJetTokenizer(vqvae=model)
+    codes, decoded = our_tokens_and_back(tokenizer, jets)
+    for name, way in ways.items():
         other_codes, other_decoded = way(model, jets, batch)
         # where two codes are as near as rounding can tell, either is right, and the rest of the jet decodes otherwise
         differ = [not torch.equal(a, b) for a, b in zip(codes, other_codes, strict=True)]
@@ -354,16 +347,18 @@ def benchmark_vqvae(repeats: int, num_jets: int = 512, batch: int = 128) -> dict
         if sum(differ) > 0.01 * num_jets or difference > 1e-4:
             raise RuntimeError(f"{name}: codes of {sum(differ)} jets differ, features by {difference}")
 
-    def seconds(way) -> float:
+    def seconds(run: Callable[[], object]) -> float:
         begin = time.perf_counter()
-        way(model, jets, batch)
+        run()
         return time.perf_counter() - begin
 
-    timed = alternating_medians([lambda way=way: seconds(way) for way in ways.values()], repeats)
+    runs = {name: partial(way, model, jets, batch) for name, way in ways.items()}
+    runs["ours"] = partial(our_tokens_and_back, tokenizer, jets)
+    timed = alternating_medians([partial(seconds, run) for run in runs.values()], repeats)
     padded, one_by_one, ours = timed
     print(f"VQ-VAE, {model.num_parameters():,} parameters, 8192 codes: {num_jets} jets of {min(lengths)} to", end=" ")
-    print(f"{max(lengths)} constituents to codes and back, batches of {batch}")
-    for name, value in zip(ways, timed):
+    print(f"{max(lengths)} constituents to codes and back, the reference's in batches of {batch}")
+    for name, value in zip(runs, timed):
         print(f"{name:<32}{value:>7.2f} s {num_jets / value:>9.0f} jets/s {value / ours:>7.2f}")
     return {
         "vqvae_speedup": padded / ours,

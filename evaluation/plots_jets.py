@@ -5,7 +5,7 @@ draws one figure, writes it if `path` is given (format by the ending) and return
 returned. Needs matplotlib (`pip install "hepzoo[plots]"`); `style` names an mplhep style.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ OVERVIEW = (
     "jet_pt", "jet_mass", "multiplicity", "tau21", "tau32", "d2", "part_pt", "part_etarel", "part_phirel",
 )  # fmt: skip
 RESIDUALS = ("jet_pt/", "jet_mass/", "tau21", "tau32", "d2", "part_pt/", "part_etarel", "part_phirel")
+# of the study of transfer, arXiv:2412.10504
+TRANSFER = ("jet_pt", "jet_mass", "multiplicity", "tau21", "tau32", "d2")
 LOGARITHMIC = ("part_pt", "part_ptrel")
 IMAGE_REACH = 0.8
 
@@ -271,4 +273,53 @@ def plot_residuals(
         axis.set_ylim(0, 1.25 * heights.max())
         axis.set_ylabel("fraction / bin")
     figure.suptitle(title or f"reconstructed $-$ original: {len(original):,} jets", fontsize=12)
+    return _finish(figure, path)
+
+
+@_styled
+def plot_transfer(
+    report: Mapping[str, Any],
+    path: str | Path | None = None,
+    names: Sequence[str] = TRANSFER,
+    title: str | None = None,
+    style: str | None = None,
+):
+    """Distances of generated jets against the number of training jets, with the fitted power laws.
+
+    Args:
+        report: of `hepzoo.training.transfer_study.run`: `runs` (`mode`, `jets`, `distances`), `fits`, and the
+            distances of the `pretrained` model and of the `tokens` alone.
+        names: of the observables.
+    """
+    columns = min(3, len(names))
+    figure, axes = _subplots(
+        -(-len(names) // columns), columns, figsize=(5.0 * columns, 3.9 * -(-len(names) // columns))
+    )
+    numbers = np.array(sorted({run["jets"] for run in report["runs"]}), dtype=float)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        modes = dict.fromkeys(run["mode"] for run in report["runs"])
+        for mode, color in zip(modes, ("0.35", COLORS["generated"]), strict=True):
+            own = [run for run in report["runs"] if run["mode"] == mode]
+            axis.plot(
+                [run["jets"] for run in own], [run["distances"][name]["w1"] for run in own], "o", ms=4, color=color
+            )
+            law, label = report["fits"].get(mode, {}).get(name), mode
+            if law is not None:
+                axis.plot(numbers, law["amplitude"] * numbers ** -law["exponent"], color=color, lw=1.2)
+                label += f": {law['exponent']:.2f}"
+            axis.plot([], [], "o-", ms=4, color=color, label=label)
+        for key, line, label in (("pretrained", "--", "pre-trained"), ("tokens", ":", "tokens alone")):
+            level = report[key][name]
+            # below its floor it is statistics, and may be 0
+            if level["w1"] >= level["w1_floor"]:
+                axis.axhline(level["w1"], color="0.6", ls=line, lw=1, label=label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(AXES[name])
+        axis.set_xlabel("training jets")
+        axis.set_ylabel(r"$W_1$ / std")
+        axis.legend(fontsize=8)
+    figure.suptitle(title or "generated jets against the number of training jets", fontsize=13)
     return _finish(figure, path)

@@ -60,8 +60,9 @@ LABEL_NAMES = (
     "label_Tbl",
 )
 VQVAE_FOLDER = "vqvae"
-# positions that go through the VQ-VAE at a time, padding included
+# positions that go through the VQ-VAE at a time, padding included: on a CPU no more than its cache holds
 MAX_POSITIONS = 2**15
+MAX_POSITIONS_CPU = 2**12
 # features that are never negative
 NON_NEGATIVE = ("part_pt", "part_mass", "part_energy", "energy")
 # what is left out on request, in contrast to invalid input
@@ -517,13 +518,13 @@ class OmniJetTokenizer(PreTrainedTokenizer):
         if loud:
             logger.warning("invalid input: " + ", ".join(f"{reason} x {number}" for reason, number in loud.items()))
 
-    def _batches(self, lengths: np.ndarray):
-        """Rows of similar length, (rows,) each, at most `MAX_POSITIONS` positions; rows of length 0 are in none."""
+    def _batches(self, lengths: np.ndarray, max_positions: int):
+        """Rows of similar length, (rows,) each, at most so many positions; rows of length 0 are in none."""
         order = np.argsort(lengths, kind="stable")
         order = order[lengths[order] > 0]
         while len(order):
             # from the longest: the last row sets the width
-            size = max(1, MAX_POSITIONS // int(lengths[order[-1]]))
+            size = max(1, max_positions // int(lengths[order[-1]]))
             yield order[-size:]
             order = order[:-size]
 
@@ -536,7 +537,8 @@ class OmniJetTokenizer(PreTrainedTokenizer):
         rows = split_rows(flat, lengths)
         results: list = [None] * len(rows)
         with torch.inference_mode():
-            for batch in self._batches(lengths):
+            max_positions = MAX_POSITIONS_CPU if vqvae.device.type == "cpu" else MAX_POSITIONS
+            for batch in self._batches(lengths, max_positions):
                 sizes = lengths[batch]
                 width = int(sizes.max())
                 padded = pad_rows(np.concatenate([rows[row] for row in batch]), sizes, width, "right", 0)

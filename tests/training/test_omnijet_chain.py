@@ -19,7 +19,7 @@ from hepzoo.training.run_clm import main as run_clm
 from hepzoo.training.run_vqvae import main as run_vqvae
 from hepzoo.training.tokenize_jets import main as tokenize_jets
 from tests.training.jets import make_jets, write_jets
-from tests.training_runs import common_flags, history
+from tests.training_runs import ROOT, common_flags, history
 
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=4,intermediate_size=64,embedding_initializer_range=0.1"
 CLASSES = ["--classes", "label_QCD", "label_Tbqq"]
@@ -248,3 +248,14 @@ def test_hostile_axes(tmp_path):
         columns[name][3] = [0.0] * len(columns[name][3])
     with pytest.raises(ValueError, match="row 3: the jet has no finite direction"):
         read_axes(write_jets(tmp_path / "axes.parquet", columns))
+
+
+def test_released_checkpoint_draws_jets_as_its_card_says():
+    folder = ROOT / "model_cards" / "omnijet-jets-small"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    jets = tokenizer.batch_decode(model.generate(num_return_sequences=200))
+    # 46.7 and 616 GeV with spreads of 17 and 120
+    assert jets["num_constituents"].mean() == pytest.approx(46.7, abs=5)
+    assert jets["jet_pt"].mean() == pytest.approx(616, abs=35)
