@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hepzoo.training.data import InputError, _scalar, parse_assignments
+from hepzoo.training.lion import Lion
 from hepzoo.training.ranger import Ranger, check_lookahead
 
 logger = logging.get_logger(__name__)
@@ -63,9 +64,9 @@ class ModelArguments:
     optimizer: str | None = field(
         default=None,
         metadata={
-            "help": "radam (torch.optim.RAdam), ranger (RAdam in Lookahead; --optim_args alpha=0.5,k=6); by default "
-            "--optim decides.",
-            "choices": ["radam", "ranger"],
+            "help": "radam (torch.optim.RAdam), ranger (RAdam in Lookahead; --optim_args alpha=0.5,k=6), lion (published "
+            "with --adam_beta1 0.95 --adam_beta2 0.98); by default --optim decides.",
+            "choices": ["radam", "ranger", "lion"],
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa (default), eager, ..."})
@@ -386,6 +387,8 @@ def optimizer_arguments(model_args: ModelArguments, training_args: TrainingArgum
     }
     if model_args.optimizer == "radam":
         return torch.optim.RAdam, kwargs
+    if model_args.optimizer == "lion":
+        return Lion, {"lr": kwargs["lr"], "betas": kwargs["betas"]}
     lookahead = parse_assignments(training_args.optim_args, "optim_args")
     unknown = sorted(set(lookahead) - {"alpha", "k"})
     if unknown:
@@ -416,10 +419,10 @@ A `{model_class}` ({parameters:.3g} million parameters) of the {model_type} fami
 
 ```python
 import hepzoo
-from transformers import {auto_class}, AutoTokenizer
+from transformers import {auto_class}, {processor_class}
 
 model = {auto_class}.from_pretrained("{repository}")
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
+{processor} = {processor_class}.from_pretrained("{repository}")
 ```
 
 ## Training
@@ -499,6 +502,8 @@ class PhysicsTrainer(Trainer):
             parameters=model.num_parameters() / 1e6,
             script=self.card.get("script", ""),
             auto_class=self.card.get("auto_class", "AutoModel"),
+            processor_class=self.card.get("processor_class", "AutoTokenizer"),
+            processor="feature_extractor" if "processor_class" in self.card else "tokenizer",
             data=data,
             settings="\n".join(rows),
             results="\n".join(header + results) if results else "Not evaluated.",

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,18 @@ def find_files(patterns: list[str] | str, option: str, split: str | None = None)
 
 
 def load_split(
-    data_args: DataTrainingArguments, split: str, option: str, model_args: Any = None, streaming: bool = False
+    data_args: DataTrainingArguments,
+    split: str,
+    option: str,
+    model_args: Any = None,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> Any:
     """
     One split as `datasets.Dataset` or, streaming, `datasets.IterableDataset`; None if the arguments name none.
+
+    Args:
+        columns: of Parquet files, read only these; the files may differ in others.
 
     Raises:
         InputError: the data cannot be found or read.
@@ -152,6 +160,8 @@ def load_split(
         files = find_files(files, option, split)
         where = f"--{option}"
         load = {"path": BUILDERS[Path(files[0]).suffix], "data_files": files, "split": "train"}
+        if columns is not None and load["path"] == "parquet":
+            load["columns"] = list(columns)
     elif data_args.dataset_name is not None:
         where = f"--dataset_name {data_args.dataset_name}"
         load = {
@@ -201,13 +211,19 @@ class RawDatasets:
 
 
 def load_raw_datasets(
-    data_args: DataTrainingArguments, training_args: TrainingArguments, model_args: Any = None
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    model_args: Any = None,
+    columns: Sequence[str] | None = None,
 ) -> RawDatasets:
     """
     The record datasets that the run needs.
 
     The training data is a stream if asked for. Validation and test data never are: ranks that evaluate must have
     the same number of batches.
+
+    Args:
+        columns: see `load_split`.
 
     Raises:
         InputError: data is missing or unreadable.
@@ -217,11 +233,11 @@ def load_raw_datasets(
     if training_args.do_train:
         if data_args.streaming and training_args.max_steps <= 0:
             raise InputError("--streaming: a stream has no end, set --max_steps")
-        raw.train = load_split(data_args, "train", "train_file", model_args, streaming=data_args.streaming)
+        raw.train = load_split(data_args, "train", "train_file", model_args, data_args.streaming, columns)
         if raw.train is None:
             raise InputError("--do_train: no training data, set --train_file or a --dataset_name with a train split")
     if training_args.do_eval or training_args.eval_strategy != "no":
-        raw.validation = load_split(data_args, "validation", "validation_file", model_args)
+        raw.validation = load_split(data_args, "validation", "validation_file", model_args, columns=columns)
         if raw.validation is None:
             if raw.train is None or data_args.streaming:
                 reason = "a stream is not split" if data_args.streaming else "no data"
@@ -235,7 +251,7 @@ def load_raw_datasets(
             parts = raw.train.train_test_split(test_size=size, seed=seed)
             raw.train, raw.validation = parts["train"], parts["test"]
     if training_args.do_predict:
-        raw.test = load_split(data_args, "test", "test_file", model_args)
+        raw.test = load_split(data_args, "test", "test_file", model_args, columns=columns)
         if raw.test is None:
             raise InputError("--do_predict: no data, set --test_file or a --dataset_name with a test split")
     for name, limit in (

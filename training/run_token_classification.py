@@ -1,8 +1,10 @@
 """
-Train a filter of single hits: dark noise against Cherenkov photons, from scratch or from a generator.
+Train a classifier of single hits or points, from scratch or from a pre-trained model.
 
-Records with a list `is_noise` bring their labels. Others get dark noise, drawn anew in every pass over the training
-data and once for validation and test (arXiv:2505.08736).
+By default a filter of dark noise among Cherenkov photons. Records with a list `is_noise` bring their labels. Others get
+dark noise, drawn anew in every pass over the training data and once for validation and test (arXiv:2505.08736).
+
+With `--target pid` or `--target noise`, the particles or the noise of the points of TPC events (arXiv:2508.14087).
 """
 
 from dataclasses import dataclass, field
@@ -41,6 +43,8 @@ from hepzoo.training.data import (
     load_raw_datasets,
     parse_assignments,
 )
+from hepzoo.training.tpc_data import TpcArguments
+from hepzoo.training.tpc_heads import CacheArguments, train_point_head
 
 logger = logging.get_logger("hepzoo.training.run_token_classification")
 
@@ -55,7 +59,26 @@ examples:
   fine-tune a generator, and write the records with one logit per hit to runs/filter/predictions.parquet
     accelerate launch training/run_token_classification.py --model_name_or_path runs/dirc \\
         --train_file data/train --do_train --test_file data/test --do_predict --output_dir runs/filter
+
+  particles of the points of TPC events, with a frozen pre-trained backbone
+    accelerate launch training/run_token_classification.py training/configs/fm4npp_points_small.yaml --target pid \\
+        --model_name_or_path runs/npp --freeze_backbone --cache_block_outputs 4 \\
+        --train_file data/tpc/train --validation_file data/tpc/validation --output_dir runs/pid
 """
+
+
+@dataclass
+class TargetArguments:
+    """What to learn of TPC events."""
+
+    target: str | None = field(
+        default=None,
+        metadata={
+            "help": "TPC events: what to learn of their points, the particle or whether it is noise. Default: a filter "
+            "of DIRC hits.",
+            "choices": ["pid", "noise"],
+        },
+    )
 
 
 @dataclass
@@ -79,9 +102,17 @@ class NoiseArguments:
 
 def build_parser() -> transformers.HfArgumentParser:
     return make_parser(
-        (ModelArguments, DataTrainingArguments, NoiseArguments, TrainingArguments),
-        description="Train a noise filter. Options are flags or come from a JSON or YAML file given as the first "
-        "argument, which flags override.",
+        (
+            ModelArguments,
+            DataTrainingArguments,
+            NoiseArguments,
+            TargetArguments,
+            TpcArguments,
+            CacheArguments,
+            TrainingArguments,
+        ),
+        description="Train a classifier of hits or points. Options are flags or come from a JSON or YAML file given as "
+        "the first argument, which flags override.",
         epilog=EXAMPLES,
     )
 
@@ -168,7 +199,23 @@ def logits_per_record(records: Any, logits: np.ndarray, labels: np.ndarray) -> l
 
 def main(argv: list[str] | None = None) -> int:
     """Trains, evaluates, predicts; returns the exit status."""
-    model_args, data_args, noise_args, training_args = parse_arguments(build_parser(), argv)
+    model_args, data_args, noise_args, target_args, tpc_args, cache_args, training_args = parse_arguments(
+        build_parser(), argv
+    )
+    if target_args.target is not None:
+        return train_point_head(
+            target_args.target,
+            noise_args.freeze_backbone,
+            model_args,
+            tpc_args,
+            cache_args,
+            data_args,
+            training_args,
+        )
+    for arguments, default in ((tpc_args, TpcArguments()), (cache_args, CacheArguments())):
+        if arguments != default:
+            name = next(n for n, value in vars(arguments).items() if value != getattr(default, n))
+            raise InputError(f"--{name}: only with --target, for TPC events")
     prepare_run(training_args)
     # batches are made from whole records
     training_args.remove_unused_columns = False

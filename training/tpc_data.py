@@ -1,0 +1,232 @@
+"""TPC events for the training scripts: feature extractor, lengths, and batches extracted on the way."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers.utils import logging
+
+from hepzoo.training.common import ModelArguments
+from hepzoo.training.data import InputError, RawDatasets, parse_assignments
+
+logger = logging.get_logger(__name__)
+
+POINT_COLUMNS = ("E", "x", "y", "z")
+# what is learned -> (column of the events, labels of the feature extractor, argument of the model)
+TARGETS = {
+    "neighbors": (None, "neighbor_labels", "neighbor_labels"),
+    "tracks": ("track_id", "track_labels", "track_labels"),
+    "pid": ("pid", "pid_labels", "labels"),
+    "noise": ("noise", "noise_labels", "labels"),
+}
+
+
+@dataclass
+class TpcArguments:
+    """The model's size by the paper's name, and the feature extractor."""
+
+    paper_size: str | None = field(
+        default=None,
+        metadata={"help": "From scratch: size by the paper's name, m1 (0.34 million) to m6 (188 million)."},
+    )
+    feature_extractor_name: str | None = field(
+        default=None,
+        metadata={"help": "Feature extractor folder or Hub name. Default: that of the model, else a new one."},
+    )
+    feature_extractor_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the feature extractor, name=value,... or JSON: order=hilbert,bin_edges=edges.json."
+        },
+    )
+    bin_edges_events: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the bin edges of the raster orders from so many training events, of a new extractor."
+        },
+    )
+    drop_long_events: bool = field(
+        default=False,
+        metadata={"help": "Leave out events with more points than the extractor's max_points, counted, not an error."},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and feature extractor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_tpc_config(model_args: ModelArguments, tpc_args: TpcArguments) -> PreTrainedConfig:
+    """
+    Configuration of the model to train: of a checkpoint, of a file, or from scratch (family fm4npp by default).
+
+    Raises:
+        InputError: it cannot be read, or options exclude each other.
+    """
+    for option in ("tokenizer_name", "tokenizer_overrides"):
+        if getattr(model_args, option) is not None:
+            raise InputError(f"--{option}: these models have a feature extractor, set --feature_extractor_name")
+    overrides = parse_assignments(model_args.config_overrides, "config_overrides")
+    source = next((n for n in ("model_name_or_path", "config_name") if getattr(model_args, n)), "model_type")
+    name = getattr(model_args, source) or "fm4npp"
+    if tpc_args.paper_size is not None and source != "model_type":
+        raise InputError(f"--paper_size: --{source} has a size already")
+    try:
+        if source != "model_type":
+            config = AutoConfig.from_pretrained(name, **model_args.hub_kwargs(), **overrides)
+        elif tpc_args.paper_size is None:
+            config = AutoConfig.for_model(name, **overrides)
+        else:
+            config = type(AutoConfig.for_model(name)).from_paper_size(tpc_args.paper_size, **overrides)
+    except (ValueError, OSError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"--{source} {name}: {' '.join(str(error).split())}") from error
+    unknown = sorted(set(overrides) - set(type(config)().to_dict()))
+    if unknown:
+        raise InputError(f"--config_overrides: {type(config).__name__} has no {unknown[0]}")
+    if type(config) not in FEATURE_EXTRACTOR_MAPPING:
+        raise InputError(f"--{source} {name}: model type {config.model_type!r} does not read TPC events")
+    return config
+
+
+def load_feature_extractor(
+    model_args: ModelArguments, tpc_args: TpcArguments, config: PreTrainedConfig, events: Any = None
+) -> Any:
+    """
+    `--feature_extractor_name`, else the extractor saved with the model, else a new one that fits `config`.
+
+    Args:
+        events: training data, for `--bin_edges_events`.
+
+    Raises:
+        InputError: it cannot be loaded or made, has no bin edges and needs some, or does not fit the model.
+    """
+    overrides = parse_assignments(tpc_args.feature_extractor_overrides, "feature_extractor_overrides")
+    name = tpc_args.feature_extractor_name or model_args.model_name_or_path
+    try:
+        if name is not None:
+            extractor = AutoFeatureExtractor.from_pretrained(name, **model_args.hub_kwargs(), **overrides)
+        else:
+            kind = FEATURE_EXTRACTOR_MAPPING[type(config)]
+            extractor = kind(**{"num_neighbors": config.num_neighbors, **overrides})
+        if tpc_args.bin_edges_events is not None:
+            if name is not None:
+                raise InputError(f"--bin_edges_events: the bin edges are those of {name}")
+            if events is None or tpc_args.bin_edges_events < 1:
+                raise InputError("--bin_edges_events: expected at least 1, and training data to compute them from")
+            extractor.compute_bin_edges([dict(event) for event in events.take(tpc_args.bin_edges_events)])
+            logger.info(f"bin edges from {tpc_args.bin_edges_events} training events")
+        # says how to make the edges, if the order needs some
+        extractor({column: [[50.0]] for column in POINT_COLUMNS}, return_neighbor_labels=False)
+    except InputError:
+        raise
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise InputError(f"feature extractor: {' '.join(str(error).split())}") from error
+    if extractor.num_neighbors != config.num_neighbors:
+        raise InputError(
+            f"the feature extractor does not fit the model: num_neighbors is {extractor.num_neighbors}, the model has "
+            f"{config.num_neighbors}"
+        )
+    return extractor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Events
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_events(raw: RawDatasets, target: str, extractor: Any, drop_long: bool = False) -> None:
+    """
+    Keeps the columns that `target` needs, in place, and adds `row`, and `num_points` for
+    `--train_sampling_strategy group_by_length`. Lists become arrays.
+
+    Args:
+        target: of `TARGETS`.
+        drop_long: leave out events of more than `extractor.max_points` points.
+
+    Raises:
+        InputError: a column is missing, or no event is left.
+    """
+    label = TARGETS[target][0]
+    needed = [*POINT_COLUMNS, *([label] if label is not None else [])]
+    for split in ("train", "validation"):
+        dataset = getattr(raw, split)
+        if dataset is None:
+            continue
+        available = dataset.column_names or list(next(iter(dataset)))
+        missing = [name for name in needed if name not in available]
+        if missing:
+            raise InputError(f"{split} data: column {missing[0]!r} is missing (found: {', '.join(available)})")
+        dataset = dataset.select_columns(needed)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = dataset.map(lambda record, index: {"row": index}, with_indices=True)
+            if drop_long:
+                dataset = dataset.filter(lambda record: len(record["E"]) <= extractor.max_points)
+        else:
+            lengths = _num_points(dataset)
+            dataset = dataset.add_column("row", np.arange(len(dataset))).add_column("num_points", lengths)
+            long = lengths > extractor.max_points
+            if drop_long and long.any():
+                logger.warning(
+                    f"{split} data: {long.sum()} of {len(dataset)} events have more than {extractor.max_points} points "
+                    "and are left out"
+                )
+                dataset = dataset.select(np.flatnonzero(~long))
+            if len(dataset) == 0:
+                raise InputError(f"{split} data: no event has at most {extractor.max_points} points")
+        setattr(raw, split, dataset.with_format("numpy"))
+
+
+def _num_points(dataset: Any) -> np.ndarray:
+    """Points of every event, int64 (events,); only one column is read."""
+    import pyarrow.compute as pc
+
+    energies = dataset.select_columns(["E"]).with_format("arrow")
+    lengths = [pc.list_value_length(table["E"]).to_numpy() for table in energies.iter(batch_size=1000)]
+    return np.concatenate(lengths).astype(np.int64)
+
+
+def renumber_row(error: Exception, rows: Sequence[int]) -> str:
+    """The message of an error that counts the rows of a batch, with the numbers `rows` that these have in the data."""
+    return re.sub(r"\brow (\d+)", lambda match: f"row {rows[int(match[1])]}", str(error), count=1)
+
+
+@dataclass
+class TpcCollator:
+    """
+    Events to a padded batch of `points`, `attention_mask` and the labels of `target`, extracted on the way.
+
+    Args:
+        extractor: `Fm4nppFeatureExtractor`.
+        target: of `TARGETS`.
+        name: what the events are called in errors.
+        pad_to_multiple_of: rounds lengths up, for example with `--torch_compile`.
+    """
+
+    extractor: Any
+    target: str
+    name: str = "data"
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        _, labels, argument = TARGETS[self.target]
+        try:
+            encoded = self.extractor(
+                features,
+                return_tensors="pt",
+                return_neighbor_labels=self.target == "neighbors",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+        except ValueError as error:
+            rows = [int(feature["row"]) for feature in features]
+            raise InputError(f"{self.name}: {renumber_row(error, rows)}") from error
+        return {
+            "points": encoded["points"],
+            "attention_mask": encoded["attention_mask"],
+            argument: encoded[labels],
+        }
