@@ -177,18 +177,24 @@ def read_shard(shard: Shard, pid_from_pdg: bool = False) -> tuple[dict[str, np.n
         raise ValueError(f"{shard.points}: data must be numbers of shape (points, 4), got {data.dtype} {data.shape}")
     if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes.size and sizes.min() < 0):
         raise ValueError(f"{shard.points}: size must be non-negative integers of shape (events,)")
+    # sums of larger sizes could wrap around
+    large = np.flatnonzero(sizes > len(data))
+    if large.size:
+        size = sizes[large[0]]
+        raise ValueError(f"{shard.points}: event {large[0]}: size is {size}, but data has {len(data)} points")
     sizes = sizes.astype(np.int64)
     if sizes.sum() != len(data):
         raise ValueError(f"{shard.points}: size adds up to {sizes.sum()} points, but data has {len(data)}")
     ends = np.cumsum(sizes)
-    bad = ~np.isfinite(data)
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(data.astype(np.float32, copy=False))
     if bad.any():
         point, column = np.argwhere(bad)[0]
         event = int(np.searchsorted(ends, point, side="right"))
         name = list(POINT_COLUMNS)[column]
         raise ValueError(
             f"{shard.points}: event {event}, point {point - ends[event] + sizes[event]}: {name} = "
-            f"{data[point, column]}; expected a finite number"
+            f"{data[point, column]}; expected a finite number of float32"
         )
     columns = {name: np.ascontiguousarray(data[:, k], dtype=np.float32) for k, name in enumerate(POINT_COLUMNS)}
     for column, path in shard.labels.items():
@@ -218,7 +224,7 @@ def read_shard(shard: Shard, pid_from_pdg: bool = False) -> tuple[dict[str, np.n
 
 def _read_truth(path: Path, num_events: int) -> dict[str, np.ndarray]:
     event, track_id, pdg, kinematics, num_points = _load(path, "event", "track_id", "pdg", "kin", "n_points")
-    tracks = len(event)
+    tracks = event.size
     for name, array in (("event", event), ("track_id", track_id), ("pdg", pdg), ("n_points", num_points)):
         if array.shape != (tracks,) or array.dtype.kind not in "iu":
             raise ValueError(f"{path}: {name} must be integers of shape ({tracks},), got {array.dtype} {array.shape}")
@@ -226,6 +232,12 @@ def _read_truth(path: Path, num_events: int) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: kin must be finite numbers of shape ({tracks}, 8), got {kinematics.shape}")
     if tracks and (event.min() < 0 or event.max() >= num_events):
         raise ValueError(f"{path}: event {event.min()}..{event.max()}; expected 0..{num_events - 1}")
+    for name, array, column in (("pdg", pdg, "truth_pdg"), ("charge in kin", kinematics[:, 6], "truth_charge")):
+        limits = np.iinfo(TRUTH_COLUMNS[column].feature.dtype)
+        wrong = np.flatnonzero((array < limits.min) | (array > limits.max) | (array != np.round(array)))
+        if wrong.size:
+            expected = f"expected integers of {limits.min}..{limits.max}"
+            raise ValueError(f"{path}: {name} of track {wrong[0]} is {array[wrong[0]]}; {expected}")
     px, py, pz, vx, vy, vz, charge, energy = kinematics.astype(np.float64).T
     pt = np.hypot(px, py)
     with np.errstate(divide="ignore", invalid="ignore"):

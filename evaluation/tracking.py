@@ -165,7 +165,9 @@ def as_events(rows: Any, first_row: int = 0) -> TpcEvents:
                 refuse(name, values, (values < 0) | (values >= classes), offsets, f"a class of 0..{classes - 1}")
             points[name] = values.astype(np.int64)
     for name, values in truth.items():
-        refuse(name, values, ~np.isfinite(values), truth_offsets, "a finite number")
+        # along the beam eta has no end
+        wrong = np.isnan(values) if name == "truth_eta" else ~np.isfinite(values)
+        refuse(name, values, wrong, truth_offsets, "a finite number")
     if truth:
         truth["truth_track_id"] = truth["truth_track_id"].astype(np.int64)
         refuse("truth_pt", truth.get("truth_pt", np.zeros(0)), truth.get("truth_pt", np.zeros(0)) < 0, truth_offsets,
@@ -228,7 +230,10 @@ def _without_booleans(column: Any) -> Any:
         if pa.types.is_list(array.type) and pa.types.is_boolean(array.type.value_type):
             return pa.chunked_array([array.cast(pa.list_(pa.int8()))])
         return column
-    return [np.asarray(v, dtype=np.int8) if len(v) and isinstance(v[0], (bool, np.bool_)) else v for v in column]
+    return [
+        np.asarray(v, dtype=np.int8) if v is not None and len(v) and isinstance(v[0], (bool, np.bool_)) else v
+        for v in column
+    ]
 
 
 def iter_events(

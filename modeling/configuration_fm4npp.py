@@ -1,6 +1,7 @@
 """Configuration of FM4NPP, state-space models of the spacepoints of a time projection chamber (arXiv:2508.14087)."""
 
 import math
+import operator
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -202,6 +203,28 @@ class Fm4nppConfig(PreTrainedConfig):
         for name in ("num_refinement_layers", "num_attention_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at least 0")
+        for name in ("hidden_dropout", "head_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 <= p < 1")
+        for name in (
+            "layer_norm_eps",
+            "loss_scale",
+            "match_class_cost",
+            "match_dice_cost",
+            "match_focal_cost",
+            "matched_class_weight",
+            "unmatched_class_weight",
+            "dice_weight",
+            "focal_weight",
+            "focal_gamma",
+            "time_step_floor",
+            "loss_bin_weights",
+            "class_weights",
+        ):
+            value = getattr(self, name)
+            values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            if not all(0 <= number < math.inf for number in values):
+                raise ValueError(f"`{name}` is {value}, expected finite numbers of at least 0")
         if self.ssm == "mamba2" and self.inner_size % self.head_dim:
             raise ValueError(
                 f"`expand` * `hidden_size` = {self.inner_size} is not a multiple of `head_dim` = {self.head_dim}"
@@ -211,7 +234,7 @@ class Fm4nppConfig(PreTrainedConfig):
                 f"`head_size` = {self.head_size} is not a multiple of `head_attention_heads` = "
                 f"{self.head_attention_heads}"
             )
-        if not 0 < self.time_step_min <= self.time_step_max:
+        if not 0 < self.time_step_min <= self.time_step_max < math.inf:
             raise ValueError(
                 f"`time_step_min` is {self.time_step_min} and `time_step_max` {self.time_step_max}, expected ascending "
                 f"numbers above 0"
@@ -221,7 +244,7 @@ class Fm4nppConfig(PreTrainedConfig):
             raise ValueError(
                 f"`loss_bin_edges` is {edges} and `loss_bin_weights` {weights}, expected one edge more than weights"
             )
-        if edges is not None and any(low >= high for low, high in zip(edges[:-1], edges[1:])):
+        if edges is not None and not (all(map(math.isfinite, edges)) and all(map(operator.lt, edges[:-1], edges[1:]))):
             raise ValueError(f"`loss_bin_edges` is {edges}, expected ascending numbers")
         if self.loss_reweight and edges is None:
             raise ValueError("`loss_reweight` needs `loss_bin_edges` and `loss_bin_weights`")

@@ -175,6 +175,14 @@ def check_agreement(reference_config: dict[str, Any], sizes: dict[str, Any]):
             raise ValueError(f"configuration says {name} = {said!r}, but the checkpoint has {value!r}")
 
 
+def find_flag(reference_config: dict[str, Any], name: str) -> bool:
+    """As `find_setting`, for a switch that is off by default."""
+    value = find_setting(reference_config, name)
+    if value not in (None, False, True):
+        raise ValueError(f"configuration says {name} = {value!r}, expected true or false")
+    return bool(value)
+
+
 def make_config(settings: dict[str, Any]) -> Fm4nppConfig:
     try:
         return Fm4nppConfig(**{name: value for name, value in settings.items() if value is not None})
@@ -233,8 +241,8 @@ def convert_backbone_config(reference_config: dict[str, Any], state_dict: dict[s
     settings["loss_reweight"] = find_setting(reference_config, "loss_reweight")
     settings["loss_bin_edges"] = find_setting(reference_config, "loss_bin")
     settings["loss_bin_weights"] = find_setting(reference_config, "loss_weight")
-    if find_setting(reference_config, "rep_aaai"):
-        settings["label_shift"] = 2 if find_setting(reference_config, "nexttoken") else 1
+    if find_flag(reference_config, "rep_aaai"):
+        settings["label_shift"] = 2 if find_flag(reference_config, "nexttoken") else 1
     return make_config(settings)
 
 
@@ -277,6 +285,9 @@ def convert_head_config(
     head_size, hidden_size = sizes_of(state_dict, "head.reader.projection.weight")
     num_layers = state_dict["head.reader.layer_weights"].numel()
     num_head_layers = count_layers(state_dict, "head.layers")
+    epsilons = [find_number(reference_config, name) for name in ("layer_norm_eps", "rms_eps")]
+    if None not in epsilons and epsilons[0] != epsilons[1]:
+        raise ValueError(f"configuration says layer_norm_eps = {epsilons[0]} and rms_eps = {epsilons[1]}, expected one")
     heads = find_number(reference_config, "heads", "num_heads", "n_heads")
     if heads is not None and heads != int(heads):
         raise ValueError(f"configuration says heads = {heads:g}, expected an integer")
@@ -284,7 +295,7 @@ def convert_head_config(
         "head_size": head_size,
         "head_attention_heads": 4 if heads is None else int(heads),
         "zero_initial_biases": True,
-        "layer_norm_eps": find_number(reference_config, "layer_norm_eps"),
+        "layer_norm_eps": epsilons[1] if epsilons[0] is None else epsilons[0],
     }
     checks = {"input_dim": hidden_size, "num_feature_layers": num_layers}
     if is_track:

@@ -768,6 +768,9 @@ class Fm4nppModel(Fm4nppPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
 
         hidden_states = self.embedder(points)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # the embedder is not trained, and a reentrant checkpoint of inputs without gradient would have none at all
+            hidden_states.requires_grad_()
         block_outputs, all_hidden_states = [], [hidden_states]
         for layer in self.layers:
             output = layer(hidden_states, attention_mask=attention_mask, cache_params=cache_params)
@@ -818,6 +821,7 @@ class Fm4nppForPreTraining(Fm4nppPreTrainedModel):
             cache_params=cache_params,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         predictions = self.neighbor_head(outputs.last_hidden_state)
         loss = loss_per_event = None
@@ -887,13 +891,18 @@ class Fm4nppHeadModel(Fm4nppPreTrainedModel):
             if points is None:
                 raise ValueError("expected either `points` or `block_outputs`")
             with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze_backbone):
-                block_outputs = self.model(points, attention_mask=attention_mask, use_cache=False).block_outputs
-        elif len(block_outputs) != config.num_hidden_layers or block_outputs[0].shape[2:] != (config.hidden_size,):
-            shape = (len(block_outputs), *block_outputs[0].shape)
-            raise ValueError(
-                f"`block_outputs` has shape {shape}, expected ({config.num_hidden_layers}, batch, length, "
-                f"{config.hidden_size})"
-            )
+                outputs = self.model(points, attention_mask=attention_mask, use_cache=False, return_dict=True)
+                block_outputs = outputs.block_outputs
+        else:
+            shapes = [tuple(output.shape) for output in block_outputs]
+            if len(set(shapes)) > 1:
+                raise ValueError(f"`block_outputs` has the shapes {', '.join(map(str, shapes))}, expected one for all")
+            shape = (len(shapes), *(shapes[0] if shapes else ()))
+            if len(shape) != 4 or 0 in shape or shape[::3] != (config.num_hidden_layers, config.hidden_size):
+                raise ValueError(
+                    f"`block_outputs` has shape {shape}, expected ({config.num_hidden_layers}, batch, length, "
+                    f"{config.hidden_size})"
+                )
         first = block_outputs[0]
         attention_mask = check_mask(attention_mask, first)
         is_real = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
@@ -1019,8 +1028,8 @@ class Fm4nppForTokenClassification(Fm4nppHeadModel):
         logits = self.head(block_outputs, is_real)
         loss = None
         if labels is not None:
-            check_labels("labels", labels, is_real)
-            loss = self._point_loss(logits, labels.masked_fill(~is_real, -100), num_items_in_batch)
+            check_labels("labels", labels, is_real, self.num_labels)
+            loss = self._point_loss(logits, labels.long().masked_fill(~is_real, -100), num_items_in_batch)
         return TokenClassifierOutput(loss=loss, logits=logits)
 
     def _point_loss(self, logits, labels, num_items_in_batch) -> torch.Tensor:
@@ -1055,12 +1064,11 @@ def check_mask(
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {tuple(inputs.shape[:2])}"
         )
-    attention_mask = attention_mask.long()
     if bool((attention_mask == 1).all()):
         return None
-    is_wrong = (attention_mask[:, 1:] > attention_mask[:, :-1]).any(dim=1) | (
-        attention_mask.clamp(0, 1) != attention_mask
-    ).any(dim=1)
+    is_wrong = ((attention_mask != 0) & (attention_mask != 1)).any(dim=1)
+    attention_mask = attention_mask.long()
+    is_wrong |= (attention_mask[:, 1:] > attention_mask[:, :-1]).any(dim=1)
     if bool(is_wrong.any()):
         event = int(is_wrong.nonzero()[0])
         raise ValueError(f"`attention_mask` of event {event}: expected ones for its points, then zeros for the padding")
@@ -1070,9 +1078,21 @@ def check_mask(
     return attention_mask
 
 
-def check_labels(name: str, labels: torch.Tensor, is_real: torch.Tensor):
+def check_labels(name: str, labels: torch.Tensor, is_real: torch.Tensor, num_classes: int | None = None):
+    """Integers of the shape of `is_real`; of real points -100 or below `num_classes`, if there are classes."""
     if labels.shape != is_real.shape:
         raise ValueError(f"`{name}` has shape {tuple(labels.shape)}, expected {tuple(is_real.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"`{name}` has dtype {labels.dtype}, expected integers")
+    if num_classes is not None:
+        # kernels would read beyond the end of the logits
+        is_wrong = is_real & (labels != -100) & ((labels < 0) | (labels >= num_classes))
+        if bool(is_wrong.any()):
+            event, point = is_wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"`{name}` of event {event}, point {point} is {int(labels[event, point])}, expected 0 to "
+                f"{num_classes - 1}, or -100"
+            )
 
 
 __all__ = [

@@ -16,6 +16,8 @@ compute in float32 (float64 for float64 inputs). Second derivatives are not avai
 
 Times are those after the softplus. A position with `delta` 0 leaves the state as it is (decay 1, input 0): that is how
 padding is passed.
+
+`torch.compile` leaves the operators as they are: tracing would unroll their loops over positions.
 """
 
 import functools
@@ -138,6 +140,7 @@ def _check_dimensions(function: str, **expected: tuple[Tensor, int]) -> None:
 # Mamba-1: selective scan
 
 
+@torch.compiler.disable
 def selective_scan(
     x: Tensor,
     delta: Tensor,
@@ -283,6 +286,7 @@ def _cuda_selective_scan(x, delta, A, B, C, D, return_state):
 # Mamba-2: state-space dual
 
 
+@torch.compiler.disable
 def state_space_dual(
     x: Tensor,
     delta: Tensor,
@@ -482,6 +486,7 @@ def _cuda_state_space_dual(x, delta, A, B, C, D, initial_state, chunk_size, retu
 # Causal convolution of both
 
 
+@torch.compiler.disable
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, initial_window: Tensor | None = None, backend: str = "torch"
 ) -> tuple[Tensor, Tensor]:

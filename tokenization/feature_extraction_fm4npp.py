@@ -606,6 +606,8 @@ def _read_labels(values: Sequence, name: str, lengths: np.ndarray) -> np.ndarray
             raise ValueError(f"row {row}: {name} has {len(array) if array.ndim else 'no'} labels, but E has {length}")
         if length and array.dtype.kind not in "iub":
             raise ValueError(f"row {row}: {name} must be integers, got {short_repr(values[row])}")
+        if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+            raise ValueError(f"row {row}: {name} has {array.max()}; expected integers of at most 64 bits with sign")
     return np.concatenate([array.astype(np.int64) for array in arrays]) if arrays else np.zeros(0, dtype=np.int64)
 
 

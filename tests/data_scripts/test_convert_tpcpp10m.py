@@ -198,6 +198,11 @@ def test_hostile_arrays_are_named_by_event(tmp_path):
         (with_("spacepoints", "data", put((4, 2), np.nan)), r"event 2, point 0: y = nan; expected a finite number"),
         (with_("spacepoints", "data", lambda a: a[:, :3]), r"data must be numbers of shape \(points, 4\)"),
         (with_("spacepoints", "data", lambda a: a[:-1]), "size adds up to 11 points, but data has 10"),
+        (
+            with_("spacepoints", "data", lambda a: put((4, 2), 1e300)(a.astype(np.float64))),
+            r"event 2, point 0: y = 1e\+300; expected a finite number of float32",
+        ),
+        (with_("spacepoints", "size", lambda a: put(1, 2**64 - 1)(a.astype(np.uint64))), "event 1: size is 1844674407"),
         (with_("spacepoints", "size", lambda a: a * 1.0), "size must be non-negative integers"),
         (with_("spacepoints", "size", put(0, -3)), "size must be non-negative integers"),
         (
@@ -210,6 +215,12 @@ def test_hostile_arrays_are_named_by_event(tmp_path):
         (with_("truth_tracks", "event", put(0, 9)), r"truth_tracks.npz: event 0\.\.9; expected 0\.\.2"),
         (with_("truth_tracks", "kin", lambda a: a[:, :7]), r"kin must be finite numbers of shape \(6, 8\)"),
         (with_("truth_tracks", "kin", put((0, 0), np.inf)), "kin must be finite numbers"),
+        (with_("truth_tracks", "event", lambda a: a[0]), "event must be integers of shape"),
+        (with_("truth_tracks", "pdg", put(2, 2**40)), "pdg of track 2 is 1099511627776; expected integers of -214748"),
+        (
+            with_("truth_tracks", "kin", put((1, 6), 300)),
+            "charge in kin of track 1 is 300.0; expected integers",
+        ),
         (with_("truth_tracks", "pdg", lambda a: a[:3]), r"pdg must be integers of shape \(6,\)"),
         (shard_arrays((3, 0, 2)), "spacepoints.npz: event 1 has no points; expected at least 1"),
     ]

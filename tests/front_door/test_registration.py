@@ -15,6 +15,27 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 SIZES = {
     "cmhca_dirc": {**TINY, "vocab_size": 20, "time_vocab_size": 10},
     "spade": {**TINY, "nbins": [3, 3, 3], "max_num_hits": 10},
+    "omnijet_vqvae": {**TINY, "codebook_size": 8},
+    "omnijet": {**TINY, "codebook_size": 17, "vocab_size": 20},
+    "fm4npp": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "head_size": 16, "num_prototypes": 4},
+    "omnilearned": {**TINY, "use_time": True},
+    "epic_fm": {"hidden_size": 16, "num_hidden_layers": 2},
+}
+
+# settings that one model of a family needs
+SETTINGS = {"OmniJetForPreTraining": {"architecture": "hybrid"}}
+
+# Auto class -> class of what turns rows into inputs
+READERS = {
+    family.model_type: {
+        auto_class: name
+        for auto_class, name in {
+            "AutoTokenizer": family.tokenizer,
+            "AutoFeatureExtractor": family.feature_extractor,
+        }.items()
+        if name is not None
+    }
+    for family in FAMILIES
 }
 
 ORDERS = {
@@ -35,12 +56,12 @@ ORDERS = {
     ),
     "reloaded": "import hepzoo, importlib; importlib.reload(hepzoo)",
     "transformers_first": "import transformers; import hepzoo",
-    "spade_modeling_first": "import hepzoo.modeling.modeling_spade",
-    "spade_tokenizer_first": "import hepzoo.tokenization.tokenization_spade",
-    "auto_classes_then_spade_modeling": (
-        "from transformers import AutoModel, AutoTokenizer; import hepzoo.modeling.modeling_spade"
-    ),
     "both_models": "import hepzoo.modeling.modeling_spade, hepzoo.modeling.modeling_cmhca_dirc",
+    "feature_extractor_first": "import hepzoo.tokenization.feature_extraction_fm4npp",
+    "auto_feature_extractor_first": "from transformers import AutoFeatureExtractor; import hepzoo",
+    "auto_classes_then_flow_model": (
+        "from transformers import AutoFeatureExtractor, AutoModel; import hepzoo.modeling.modeling_epic_fm"
+    ),
 }
 
 # Forked children share what no order is about and takes longest to import.
@@ -56,14 +77,16 @@ orders, folder, families = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.
 def observe(code):
     exec(code, {})
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     objects = {}
-    for family, (sizes, auto_classes) in families.items():
+    for family, (sizes, models, readers) in families.items():
+        saved = os.path.join(folder, family)
         config = AutoConfig.for_model(family, **sizes)
-        made = {"AutoConfig.for_model": config, "AutoConfig": AutoConfig.from_pretrained(os.path.join(folder, family))}
-        made["AutoTokenizer"] = AutoTokenizer.from_pretrained(os.path.join(folder, family))
-        for name in auto_classes:
-            made[name] = getattr(transformers, name).from_config(config)
+        made = {"AutoConfig.for_model": config, "AutoConfig": AutoConfig.from_pretrained(saved)}
+        made |= {name: getattr(transformers, name).from_pretrained(saved) for name in readers}
+        for name, model, settings in models:
+            config = AutoConfig.for_model(family, **sizes, **settings, architectures=[model])
+            made[f"{name} {model}"] = getattr(transformers, name).from_config(config)
         objects[family] = {name: f"{type(value).__module__}.{type(value).__qualname__}" for name, value in made.items()}
     return objects
 
@@ -95,12 +118,18 @@ def observations(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("registration")
     families = {}
     for family in FAMILIES:
-        if family.model_type in SIZES:
-            family.load(family.config)(**SIZES[family.model_type]).save_pretrained(folder / family.model_type)
-            family.load(family.tokenizer)().save_pretrained(folder / family.model_type)
-            families[family.model_type] = (SIZES[family.model_type], [auto_class for auto_class, _ in family.models])
+        sizes = SIZES[family.model_type]
+        family.load(family.config)(**sizes).save_pretrained(folder / family.model_type)
+        for name in READERS[family.model_type].values():
+            family.load(name)().save_pretrained(folder / family.model_type)
+        models = [(auto_class, model, SETTINGS.get(model, {})) for auto_class, model in family.models]
+        families[family.model_type] = (sizes, models, list(READERS[family.model_type]))
     result = run_python(RUN_ORDERS, folder, json.dumps(ORDERS), folder, json.dumps(families))
     return json.loads(checked(result))
+
+
+def test_every_family_is_observed():
+    assert list(SIZES) == [family.model_type for family in FAMILIES]
 
 
 @pytest.mark.parametrize("model_type", SIZES)
@@ -112,10 +141,11 @@ def test_every_auto_class_makes_our_classes_in_any_order_of_imports(observations
     expected = {
         "AutoConfig.for_model": f"{family.configuration_module}.{family.config}",
         "AutoConfig": f"{family.configuration_module}.{family.config}",
-        "AutoTokenizer": f"{family.tokenization_module}.{family.tokenizer}",
     }
     for auto_class, model in family.models:
-        expected[auto_class] = f"{family.modeling_module}.{model}"
+        expected[f"{auto_class} {model}"] = f"{family.modeling_module}.{model}"
+    for auto_class, name in READERS[model_type].items():
+        expected[auto_class] = f"{family.exports()[name]}.{name}"
     assert classes[model_type] == expected
 
 

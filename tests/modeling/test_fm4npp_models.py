@@ -157,7 +157,16 @@ def test_configuration_round_trip(tmp_path):
         ({"loss_reweight": True}, "`loss_reweight` needs `loss_bin_edges`"),
         ({"loss_bin_edges": [0, 1], "loss_bin_weights": [1, 2]}, "one edge more than weights"),
         ({"loss_bin_edges": [0, 2, 1], "loss_bin_weights": [1, 2]}, "expected ascending numbers"),
+        ({"loss_bin_edges": [0, float("nan")], "loss_bin_weights": [1]}, "expected ascending numbers"),
+        ({"loss_bin_edges": [0, 1], "loss_bin_weights": [-1]}, "`loss_bin_weights` is .-1., expected finite numbers"),
         ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_dropout": float("nan")}, "`hidden_dropout` is nan, expected 0 <= p < 1"),
+        ({"head_dropout": 1}, "`head_dropout` is 1, expected 0 <= p < 1"),
+        ({"layer_norm_eps": float("inf")}, "`layer_norm_eps` is inf, expected finite numbers"),
+        ({"focal_weight": float("nan")}, "`focal_weight` is nan, expected finite numbers"),
+        ({"match_dice_cost": -1}, "`match_dice_cost` is -1, expected finite numbers of at least 0"),
+        ({"time_step_max": float("inf")}, "`time_step_max` inf"),
+        ({"class_weights": [1.0, float("nan")]}, "`class_weights` is .1.0, nan., expected finite numbers"),
     ],
 )
 def test_hostile_configuration(settings, message):
@@ -406,14 +415,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(ssm):
     model = make_model(ssm=ssm).train()
     batch = inputs_of(make_batch(), "neighbor_labels")
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable(checkpointing)
         model.zero_grad()
         model(**batch).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for first, second in zip(*gradients):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
+    for others in gradients[1:]:
+        for first, second in zip(gradients[0], others, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="cannot be used with gradient checkpointing"):
         model(**batch, use_cache=True)
 
@@ -482,6 +492,27 @@ def test_a_frozen_backbone_is_not_trained(model_class, tmp_path):
     assert without == {"model.norm_f.weight"}
 
 
+def test_compiled_gives_the_same():
+    """Tracing leaves the operators out, whose loops over positions it would unroll."""
+    model = make_model(Fm4nppModel, ssm="mamba1", num_hidden_layers=1)
+    points = torch.rand(2, 7, 4)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(points).last_hidden_state
+        torch.testing.assert_close(compiled, model(points).last_hidden_state)
+
+
+@pytest.mark.parametrize("model_class", [Fm4nppForPreTraining, *HEADS])
+def test_tuples_have_the_values_of_the_outputs(model_class):
+    model, batch = make_model(model_class), inputs_of(make_batch())
+    with torch.no_grad():
+        expected = model(**batch).to_tuple()
+        as_argument = model(**batch, return_dict=False)
+        model.config.return_dict = False
+        for found in (as_argument, model(**batch)):
+            assert isinstance(found, tuple)
+            torch.testing.assert_close(found[0], expected[0])
+
+
 @pytest.mark.parametrize("model_class", HEADS)
 def test_features_computed_before_are_the_same(model_class):
     model = make_model(model_class)
@@ -503,6 +534,11 @@ def test_features_computed_before_are_the_same(model_class):
             model()
         with pytest.raises(ValueError, match=r"`block_outputs` has shape \(1, 4, 12, 32\), expected \(2, batch"):
             model(block_outputs=features[:1])
+        with pytest.raises(ValueError, match=r"has the shapes \(4, 12, 32\), \(4, 11, 32\), expected one for all"):
+            model(block_outputs=(features[0], features[1][:, :-1]))
+        for empty in ((), torch.rand(2, 0, 12, 32), torch.rand(2, 4, 0, 32)):
+            with pytest.raises(ValueError, match="`block_outputs` has shape"):
+                model(block_outputs=empty)
 
 
 # Losses
@@ -721,6 +757,8 @@ def test_track_finder_learns_through_the_trainer(tmp_path):
         ({"attention_mask": torch.ones(4, 12).tril(-1)}, "`attention_mask` of event 0 has no point"),
         ({"attention_mask": torch.ones(4, 12).triu()}, "of event 1: expected ones for its points, then zeros"),
         ({"attention_mask": torch.full((4, 12), 2)}, "of event 0: expected ones for its points, then zeros"),
+        ({"attention_mask": torch.full((4, 12), 0.5)}, "of event 0: expected ones for its points, then zeros"),
+        ({"attention_mask": torch.full((4, 12), torch.nan)}, "of event 0: expected ones for its points, then zeros"),
     ],
 )
 @pytest.mark.parametrize("model_class", [Fm4nppModel, Fm4nppForPreTraining, *HEADS])
@@ -738,6 +776,19 @@ def test_hostile_labels():
         make_model(Fm4nppForTrackFinding)(**inputs_of(batch), track_labels=torch.zeros(4, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"`labels` has shape \(4,\), expected \(4, 12\)"):
         make_model(Fm4nppForTokenClassification)(**inputs_of(batch), labels=torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="`track_labels` has dtype torch.float32, expected integers"):
+        make_model(Fm4nppForTrackFinding)(**inputs_of(batch), track_labels=batch["track_labels"].float())
+    classifier, labels = make_model(Fm4nppForTokenClassification), torch.zeros(4, 12, dtype=torch.long)
+    for value in (2, -1, 10**12):
+        labels[2, 3] = value
+        with pytest.raises(ValueError, match=f"`labels` of event 2, point 3 is {value}, expected 0 to 1, or -100"):
+            classifier(**inputs_of(batch), labels=labels)
+    # what stands at the padding does not count, and any integers will do
+    labels[2, 3] = 1
+    expected = classifier(**inputs_of(batch), labels=labels).loss
+    padding = (batch["attention_mask"] == 0).long()
+    assert torch.equal(classifier(**inputs_of(batch), labels=(labels + 9 * padding).int()).loss, expected)
+    assert torch.equal(classifier(**inputs_of(batch), labels=labels.bool()).loss, expected)
     points = batch["points"].clone()
     points[2, 3] = torch.nan
     with pytest.raises(ValueError, match="event 2: predictions are not finite"):

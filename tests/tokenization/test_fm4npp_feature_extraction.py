@@ -328,6 +328,10 @@ BAD_ROWS = {
     "short_coordinate": ([{**events((4,))[0], "y": np.ones(3)}], "row 0: y has 3 points, but E has 4"),
     "short_labels": ([*events(), {**events((4,))[0], "pid": np.zeros(3, int)}], "row 4: pid has 3 labels, but E has 4"),
     "float_labels": ([{**events((2,))[0], "track_id": [0.5, 1.5]}], "row 0: track_id must be integers"),
+    "large_labels": (
+        [{**events((2,))[0], "track_id": np.array([1, 2**64 - 1], dtype=np.uint64)}],
+        "row 0: track_id has 18446744073709551615; expected integers of at most 64 bits with sign",
+    ),
     "labels_of_some": ([events()[0], events(labels=False)[1]], r"row 1: field track_id is missing \(row 0 has it\)"),
     "missing_field": ([{"E": [1.0], "x": [1.0], "y": [1.0]}], "field z is missing; row 0 has E, x, y"),
     "text": ([{**events((2,))[0], "x": ["1", "2"]}], "row 0: x"),
