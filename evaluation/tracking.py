@@ -527,7 +527,8 @@ def track_finding(
         `found_tracks`, `purity`, `fake_rate` and their errors, over all pT; `noise_tracks`: found tracks most of whose
         points are noise, which `found_tracks` and `fake_rate` include, and `fake_rate_without_noise` and
         `purity_without_noise`, which leave them out; `unassigned`: share of points given to no track; `by_pt`: rows of
-        `efficiency_by_pt`, empty without `truth_pt`; `mean_efficiency`, `mean_purity`: over the bins that have tracks.
+        `efficiency_by_pt`, empty without `truth_pt`; `mean_efficiency`, `mean_purity`: over the bins that have
+        tracks and an upper edge.
     """
     true_id, found_id = events["track_id"], events["predicted_track_id"]
     table = contingency(events.event, true_id, found_id, len(events))
@@ -556,7 +557,8 @@ def track_finding(
         report["by_pt"] = efficiency_by_pt(matches, *pts, edges)
         report["without_pt"] = int(np.isnan(pts[0]).sum())
         for name in ("efficiency", "purity"):
-            values = [row[name] for row in report["by_pt"] if not np.isnan(row[name])]
+            # the published mean is over 0 to 3 GeV/c, without what is above
+            values = [row[name] for row in report["by_pt"] if np.isfinite(row["high"]) and not np.isnan(row[name])]
             report[f"mean_{name}"] = float(np.mean(values)) if values else float("nan")
     return report
 

@@ -77,9 +77,12 @@ class NeighborMonitor(TrainerCallback):
         labels = kwargs.get("neighbor_labels")
         if labels is None or model.training:
             return
-        targets = labels.unflatten(-1, (-1, 3)).double()
-        predictions = output.predictions.unflatten(-1, (-1, 3)).double()
-        own = kwargs["points"][..., None, 1:].double()
+        # with a shift a point predicts the neighbours of a later one
+        shift = model.config.label_shift
+        length = labels.shape[1] - shift
+        targets = labels[:, shift:].unflatten(-1, (-1, 3)).double()
+        predictions = output.predictions[:, :length].unflatten(-1, (-1, 3)).double()
+        own = kwargs["points"][:, shift:, None, 1:].double()
         is_target = (targets != -100).double()
         errors = (predictions - targets).square() * is_target
         sums = [

@@ -202,6 +202,8 @@ def point_metrics(prediction: Any) -> dict[str, float]:
 
     labels, predictions = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
     is_point = labels != -100
+    if not is_point.any():
+        raise ValueError("validation: no point of any event has a label, expected some")
     labels, predictions = labels[is_point], predictions[is_point]
     found = point_classification(confusion_matrix(labels, predictions, int(max(labels.max(), predictions.max())) + 1))
     recalls = {f"recall_{row['class']}": row["recall"] for row in found.pop("classes")}

@@ -195,7 +195,8 @@ def test_bins_of_pt():
     count = np.array([row["true_tracks"] for row in rows])
     assert (share * count).sum() / count.sum() == pytest.approx(report["efficiency"])
     assert [row["efficiency_error"] for row in rows] == pytest.approx(np.sqrt(share * (1 - share) / count))
-    assert report["mean_efficiency"] == pytest.approx(share.mean())
+    # without the bin that has no upper edge
+    assert report["mean_efficiency"] == pytest.approx(share[:-1].mean())
     matches = match_tracks(contingency(events.event, events["track_id"], events["predicted_track_id"], len(events)))
     pt = look_up_truth(events, matches.true_event, matches.true_id, "truth_pt")
     assert pt == pytest.approx(0.1 * matches.true_id)

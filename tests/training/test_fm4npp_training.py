@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 import hepzoo  # noqa: F401
+from hepzoo import Fm4nppConfig, Fm4nppForPreTraining
 from hepzoo.evaluation import evaluate_tracking
 from hepzoo.evaluation.tracking import adjusted_rand_index, contingency, read_events
 from hepzoo.training import find_tracks, run_npp_pretraining, run_token_classification, run_tracking, tpc_heads
@@ -415,3 +417,23 @@ def test_power_law():
     for wrong in (([1.0, 1.0], [2.0, 1.0]), ([1.0, 2.0], [0.0, 1.0])):
         with pytest.raises(ValueError):
             fit_power_law(*wrong)
+
+
+def test_neighbor_monitor_follows_the_shift_of_the_labels():
+    """With `label_shift` the loss compares a point with the neighbours of a later one: so must the logged errors."""
+    torch.manual_seed(0)
+    config = Fm4nppConfig(hidden_size=32, num_hidden_layers=1, state_size=4, num_neighbors=2, label_shift=1)
+    model = Fm4nppForPreTraining(config).eval()
+    monitor = run_npp_pretraining.NeighborMonitor()
+    monitor.on_init_end(None, None, None, model=model)
+    labels = torch.rand(2, 6, 6)
+    labels[:, -1] = -100
+    output = model(points=torch.rand(2, 6, 4), neighbor_labels=labels)
+    logs = {"eval_loss": 0.0}
+    monitor.on_log(None, SimpleNamespace(log_history=[]), None, logs=logs)
+    assert logs["eval_mse"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_hostile_point_metrics_without_a_label():
+    with pytest.raises(ValueError, match="no point of any event has a label"):
+        tpc_heads.point_metrics(SimpleNamespace(label_ids=np.full((2, 3), -100), predictions=np.zeros((2, 3), int)))
