@@ -1,5 +1,7 @@
 """Configuration of the EPiC flow, the generator of jets of arXiv:2312.00123."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -92,6 +94,10 @@ class EpicFMConfig(PreTrainedConfig):
         for name in ("dropout", "label_dropout", "sigma_min"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 <= value < 1")
+        if not math.isfinite(self.sum_scale):
+            raise ValueError(f"`sum_scale` is {self.sum_scale}, expected a finite number")
+        if len(set(self.condition_names)) != len(self.condition_names):
+            raise ValueError(f"`condition_names` is {list(self.condition_names)}, expected different names")
         if self.num_frequencies > 44:
             raise ValueError(f"`num_frequencies` is {self.num_frequencies}, expected at most 44: e^88 is the largest")
         if self.label_dropout > 0 and self.num_classes == 0:

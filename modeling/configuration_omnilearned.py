@@ -1,5 +1,6 @@
 """Configuration of OmniLearned: the PET2 network (arXiv:2510.24066) and its pre-training objectives (2606.14870)."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -19,6 +20,7 @@ PAPER_SIZES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 32, "num_head_layers": 4},
 }
 OBJECTIVES = ("classification", "generation", "masked")
+SOLVERS = ("euler", "midpoint", "rk4", "dopri5")
 
 
 @strict
@@ -37,7 +39,7 @@ class OmniLearnedConfig(PreTrainedConfig):
         num_local_layers (`int`): blocks over the neighbours of a particle, by default `num_head_layers`.
         num_tokens (`int`): learned tokens in front of the particles.
         mlp_ratio (`int`): hidden width of the MLPs over `hidden_size` (always 2 among the neighbours).
-        num_features (`int`): continuous features of a particle, the four above first.
+        num_features (`int`): continuous features of a particle, the above first; at least three.
         num_neighbors (`int`), num_coordinates (`int`): neighbours of a particle, and how many of the first features
             their distance counts.
         use_interaction, use_local_interaction (`bool`): bias of the attention, and features of the neighbours, from
@@ -182,10 +184,13 @@ class OmniLearnedConfig(PreTrainedConfig):
             ("mask_rule", ("given", "log_pt")),
             ("loss_reduction", ("jet", "batch")),
             ("contrastive_weighting", ("jet", "batch")),
+            ("solver", SOLVERS),
+            ("problem_type", (None, "regression", "single_label_classification")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
         for name, least in (
+            ("num_labels", 1),
             ("hidden_size", 1),
             ("num_hidden_layers", 1),
             ("num_attention_heads", 1),
@@ -193,7 +198,7 @@ class OmniLearnedConfig(PreTrainedConfig):
             ("num_local_layers", 0),
             ("num_tokens", 1),
             ("mlp_ratio", 1),
-            ("num_features", 4),
+            ("num_features", 3),
             ("num_neighbors", 1),
             ("num_coordinates", 1),
             ("num_particle_types", 0),
@@ -217,13 +222,22 @@ class OmniLearnedConfig(PreTrainedConfig):
             ("num_coordinates", self.num_features),
             ("codebook_features", self.num_features + self.num_additional_features),
         ):
-            if getattr(self, name) > most:
+            if getattr(self, name) > most and (name != "codebook_features" or self.codebook_size > 0):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected at most the {most} features")
-        for name in ("noise_mean", "noise_std"):
-            if self.use_time and len(getattr(self, name)) != self.num_features:
-                raise ValueError(f"`{name}` has {len(getattr(self, name))} values, expected {self.num_features}")
-        if min(self.noise_std) <= 0:
-            raise ValueError(f"`noise_std` has {min(self.noise_std)}, expected values above 0")
+        for name in ("hidden_dropout", "attention_dropout", "feature_dropout", "label_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 to 1")
+        weights = [name for name in self.__dataclass_fields__ if name.endswith("_loss_weight")]
+        for name in (*weights, "initializer_range"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected a finite number of at least 0")
+        for name, least in (("noise_mean", -math.inf), ("noise_std", 0)):
+            values = getattr(self, name)
+            if self.use_time and len(values) != self.num_features:
+                raise ValueError(f"`{name}` has {len(values)} values, expected {self.num_features}")
+            if not all(math.isfinite(value) and value > least for value in values):
+                above = f" above {least}" if least == 0 else ""
+                raise ValueError(f"`{name}` is {list(values)}, expected finite numbers{above}")
         if not self.objectives or not set(self.objectives) <= set(OBJECTIVES):
             raise ValueError(f"`objectives` is {list(self.objectives)}, expected some of {', '.join(OBJECTIVES)}")
         if not 0 <= self.mask_fraction <= 1:

@@ -158,7 +158,8 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         )
     use_interaction = "model.interaction.mlp.fc2.weight" in state_dict
     known = [sizes["num_attention_heads"] for sizes in PAPER_SIZES.values() if sizes["hidden_size"] == hidden_size]
-    num_heads = size("model.interaction.mlp.fc2.weight", 0) or find("num_heads") or next(iter(known), None)
+    given_heads = _integer(reference_config, "num_heads", 1)
+    num_heads = size("model.interaction.mlp.fc2.weight", 0) or given_heads or next(iter(known), None)
     if num_heads is None:
         raise ValueError("the checkpoint does not tell the number of heads, and the configuration has no num_heads")
     head_layers = {_num_blocks(state_dict, head) for head in heads}
@@ -169,7 +170,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     architecture = architecture_of(state_dict)
     mode = find("mode")
     if mode is not None:
-        expected = ("classifier", "generator") if mode == "pretrain" else MODES.get(mode)
+        expected = ("classifier", "generator") if mode == "pretrain" else MODES.get(str(mode))
         # the study's joint mode has the head for masked particles too
         if expected is None or not (set(heads) == set(expected) or (mode == "pretrain" and len(heads) == 3)):
             raise ValueError(f"configuration says mode = {mode!r}, but the checkpoint has the heads {', '.join(heads)}")
@@ -185,7 +186,8 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         "num_heads": num_heads,
         "num_transformers": _num_blocks(state_dict, "model"),
         "num_transformers_head": next(iter(head_layers), None),
-        "num_classes": num_classes,
+        # nothing of a segmentation depends on it
+        "num_classes": None if mode == "segmentation" else num_classes,
         "use_int": use_interaction,
         "local_int": local_features > num_features,
     }
@@ -252,7 +254,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
 
 def _masked_settings(reference_config, options, state_dict, num_features: int) -> dict[str, Any]:
     position = options.get("pos_encoding_type", "sort_descending_in_masked_subset")
-    if position not in MASKED_POSITIONS:
+    if not isinstance(position, (str, type(None))) or position not in MASKED_POSITIONS:
         expected = ", ".join(str(name) for name in MASKED_POSITIONS)
         raise ValueError(f"configuration says pos_encoding_type = {position!r}, expected one of {expected}")
     features = find_setting(reference_config, "mpm_features")

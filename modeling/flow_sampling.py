@@ -5,6 +5,7 @@ The flow time runs from 1 (noise) to 0 (data). A model derives from `FlowMatchin
 the mixin brings the solvers, sets of variable multiplicity without padding, and classifier-free guidance.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -214,12 +215,12 @@ class FlowMatchingGenerationMixin:
 
     def check_sampling_inputs(
         self,
-        batch_size: int,
+        attention_mask: torch.BoolTensor,
         labels: torch.LongTensor | None = None,
         conditions: torch.Tensor | None = None,
         **inputs,
     ):
-        """Raise ValueError, naming row and value, for what `prepare_sampling` cannot take."""
+        """Raise ValueError, naming row and value, for what `prepare_sampling`, which sees parts, cannot take."""
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
         """Particles (..., features) at time 1, float32, on the device of the generator."""
@@ -278,26 +279,29 @@ class FlowMatchingGenerationMixin:
         if solver == "dopri5":
             if num_inference_steps is not None:
                 raise ValueError("`num_inference_steps` is for fixed steps; 'dopri5' chooses them by `rtol` and `atol`")
-            if not (rtol >= 0 and atol > 0):
-                raise ValueError(f"`rtol` is {rtol}, `atol` {atol}, expected numbers of at least 0 and above 0")
+            if not (0 <= rtol < math.inf and 0 < atol < math.inf):
+                raise ValueError(f"`rtol` is {rtol}, `atol` {atol}, expected finite numbers of at least 0 and above 0")
             times = None
         else:
             steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
             if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
                 raise ValueError(f"`num_inference_steps` is {steps!r}, expected an integer of at least 1")
             times = self.sampling_times(steps).to(device)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+        if batch_size is not None and not is_count:
             raise ValueError(f"`batch_size` is {batch_size!r}, expected an integer of at least 1")
+        if not isinstance(generator, (torch.Generator, type(None))):
+            raise ValueError(f"`generator` is {type(generator).__name__}, expected a torch.Generator")
         mask = self._sampling_mask(num_particles, attention_mask)
         rows = len(mask)
         per_row = {"labels": labels, "conditions": conditions, **inputs}
-        per_row = {name: torch.as_tensor(value).cpu() for name, value in per_row.items() if value is not None}
+        per_row = {name: _tensor(name, value) for name, value in per_row.items() if value is not None}
         for name, value in per_row.items():
             shape = tuple(mask.shape) if name in self.particle_inputs else (rows,)
             if tuple(value.shape[: len(shape)]) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(value.shape)}, expected {shape} and what follows")
         self._check_guidance(guidance_scale, labels)
-        self.check_sampling_inputs(rows, **per_row)
+        self.check_sampling_inputs(mask, **per_row)
         filled = self._sampling_noise(mask, noise, generator)
 
         counts = mask.sum(dim=1)
@@ -343,13 +347,13 @@ class FlowMatchingGenerationMixin:
         if (num_particles is None) == (attention_mask is None):
             raise ValueError("expected either `num_particles` or `attention_mask`")
         if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask).cpu()
+            mask = _tensor("attention_mask", attention_mask)
             if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)}, expected (batch, slots) of 0 and 1")
             mask = mask.bool()
             counts = mask.sum(dim=1)
         else:
-            counts = torch.as_tensor(num_particles).cpu()
+            counts = _tensor("num_particles", num_particles)
             if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
                 found = f"shape {tuple(counts.shape)} and dtype {counts.dtype}"
                 raise ValueError(f"`num_particles` has {found}, expected (batch,) integers")
@@ -381,12 +385,21 @@ class FlowMatchingGenerationMixin:
         features = self.config.num_features
         if noise is None:
             return self.noise((int(mask.sum()), features), generator).cpu()
+        noise = _tensor("noise", noise)
         if tuple(noise.shape) != (*mask.shape, features):
             raise ValueError(f"`noise` has shape {tuple(noise.shape)}, expected {(*mask.shape, features)}")
-        noise = noise.float().cpu()[mask]
+        noise = noise.float()[mask]
         if not noise.isfinite().all():
             raise ValueError("`noise` is not finite at a particle")
         return noise
+
+
+def _tensor(name: str, values: Any) -> torch.Tensor:
+    """`values` on the CPU."""
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"`{name}` is {type(values).__name__}, expected a tensor or lists of numbers") from None
 
 
 class _Field:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_epic_fm import EpicFMConfig
 from .flow_sampling import FlowMatchingGenerationMixin
+from .set_inputs import check_finite, check_floating, check_integers, check_mask, check_shape, check_time
 
 # every class that a saved checkpoint can be opened with
 AUTO_CLASSES = {"AutoModel": "EpicFMModel", "AutoModelForPreTraining": "EpicFMForGeneration"}
@@ -105,8 +106,10 @@ class EpicFMLinear(nn.Module):
         """(out, all columns)"""
         if self.magnitude is None:
             return self.direction
-        norm = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True, dtype=torch.float32)
-        return self.direction * (self.magnitude / norm).to(self.direction.dtype)
+        dtype = self.direction.dtype
+        at_least_single = torch.promote_types(torch.float32, dtype)
+        norm = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True, dtype=at_least_single)
+        return self.direction * (self.magnitude / norm).to(dtype)
 
     def prepare(self, conditions: torch.Tensor | None) -> Parts:
         """What does not depend on time and constituents; `conditions` is (batch, conditions)."""
@@ -300,8 +303,8 @@ class EpicFMModel(EpicFMPreTrainedModel):
         if class_ids is not None:
             if config.num_classes == 0:
                 raise ValueError("`class_ids` were given, but the model has no classes")
-            if tuple(class_ids.shape) != (batch_size,):
-                raise ValueError(f"`class_ids` has shape {tuple(class_ids.shape)}, expected ({batch_size},)")
+            check_shape("class_ids", class_ids, (batch_size,))
+            check_integers("class_ids", class_ids)
             self._check_rows(
                 (class_ids >= -1) & (class_ids < config.num_classes),
                 class_ids,
@@ -310,8 +313,7 @@ class EpicFMModel(EpicFMPreTrainedModel):
             classes = torch.arange(config.num_classes, device=class_ids.device)
             parts.append((class_ids.unsqueeze(-1) == classes).to(self.dtype))
         if width > 0:
-            if tuple(conditions.shape) != (batch_size, width):
-                raise ValueError(f"`conditions` has shape {tuple(conditions.shape)}, expected ({batch_size}, {width})")
+            check_shape("conditions", conditions, (batch_size, width))
             self._check_rows(conditions.isfinite().all(dim=-1), conditions, "finite conditions")
             parts.append(conditions.to(self.dtype))
         return torch.cat(parts, dim=-1)
@@ -325,22 +327,18 @@ class EpicFMModel(EpicFMPreTrainedModel):
 
     def check_particles(self, particles: torch.Tensor, attention_mask: torch.Tensor):
         """Raise ValueError for a wrong shape, numbers that are not finite, and jets without constituents."""
-        if particles.ndim != 3 or particles.shape[-1] != self.config.num_features:
-            expected = f"(batch, slots, {self.config.num_features})"
-            raise ValueError(f"`particles` has shape {tuple(particles.shape)}, expected {expected}")
-        if attention_mask.shape != particles.shape[:2]:
-            expected = tuple(particles.shape[:2])
-            raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {expected}")
+        check_shape("particles", particles, ("batch", "slots", self.config.num_features))
+        check_floating("particles", particles)
+        check_shape("attention_mask", attention_mask, tuple(particles.shape[:2]))
+        if 0 in particles.shape:
+            raise ValueError(f"`particles` has shape {tuple(particles.shape)}, expected at least one jet and one slot")
         if torch.compiler.is_compiling():
             return
-        is_filled = attention_mask.bool().any(dim=1)
+        is_filled = check_mask(attention_mask, tuple(particles.shape[:2])).any(dim=1)
         if not is_filled.all():
             raise ValueError(f"row {int((~is_filled).nonzero()[0])}: no constituents, expected at least 1")
         # in the empty slots too: 0 times NaN is not 0
-        is_bad = ~particles.isfinite().all(dim=-1)
-        if is_bad.any():
-            row, slot = is_bad.nonzero()[0].tolist()
-            raise ValueError(f"row {row}, slot {slot}: {particles[row, slot].tolist()}, expected finite features")
+        check_finite("particles", particles)
 
     def prepare(self, conditions: torch.Tensor | None, with_layers: bool = True) -> dict[str, Any]:
         """
@@ -420,6 +418,8 @@ class EpicFMModel(EpicFMPreTrainedModel):
         time = torch.as_tensor(time, dtype=torch.float32, device=particles.device)
         if time.ndim > 1 or time.ndim == 1 and len(time) != len(particles):
             raise ValueError(f"`time` has shape {tuple(time.shape)}, expected a scalar or ({len(particles)},)")
+        if not torch.compiler.is_compiling():
+            check_time(time)
         conditions = self.encode_conditions(len(particles), class_ids, conditions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -431,7 +431,7 @@ class EpicFMForGeneration(FlowMatchingGenerationMixin, EpicFMPreTrainedModel):
     Jet generator: the loss of flow matching, and `generate`.
 
     `generate(num_particles=[40, 35], labels=[0, 8], conditions=[[620.0, 0.3], [710.0, -1.1]])` draws one jet per row;
-    `EpicFMFeatureExtractor.decode` turns its `particles` into constituents.
+    `EpicFMFeatureExtractor.batch_decode` turns its `particles` into constituents.
     """
 
     # the loss is a mean over the constituents of the batch, which Trainer cannot count
@@ -467,10 +467,15 @@ class EpicFMForGeneration(FlowMatchingGenerationMixin, EpicFMPreTrainedModel):
             attention_mask = particles.new_ones(particles.shape[:-1])
         self.model.check_particles(particles, attention_mask)
         batch_size, slots = particles.shape[:2]
-        for name, values, shape in (("time", time, (batch_size,)), ("noise", noise, tuple(particles.shape))):
-            if values is not None and tuple(values.shape) != shape:
-                raise ValueError(f"`{name}` has shape {tuple(values.shape)}, expected {shape}")
+        if time is not None:
+            check_shape("time", time, (batch_size,))
+        if noise is not None:
+            check_shape("noise", noise, tuple(particles.shape))
         if not torch.compiler.is_compiling():
+            if time is not None:
+                check_time(time)
+            if noise is not None:
+                check_finite("noise", noise)
             # behind the last constituent of the batch nothing is trained
             width = int(attention_mask.bool().any(dim=0).nonzero().max()) + 1
             particles, attention_mask = particles[:, :width], attention_mask[:, :width]
@@ -515,10 +520,10 @@ class EpicFMForGeneration(FlowMatchingGenerationMixin, EpicFMPreTrainedModel):
         """As published: rounded like float32 numbers of equal distance, which the `"cosine"` embedding can tell."""
         return torch.linspace(1, 0, num_inference_steps + 1)
 
-    def check_sampling_inputs(self, batch_size, labels=None, conditions=None, **inputs):
+    def check_sampling_inputs(self, attention_mask, labels=None, conditions=None, **inputs):
         if inputs:
             raise ValueError(f"unknown input {next(iter(inputs))!r}, expected `labels` and `conditions`")
-        self.model.encode_conditions(batch_size, labels, conditions)
+        self.model.encode_conditions(len(attention_mask), labels, conditions)
 
     def prepare_sampling(self, labels=None, conditions=None, attention_mask=None) -> dict[str, Any]:
         encoded = self.model.encode_conditions(len(attention_mask), labels, conditions)

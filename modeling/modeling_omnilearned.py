@@ -23,6 +23,15 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_omnilearned import OmniLearnedConfig
 from .flow_sampling import FlowMatchingGenerationMixin, FlowSample
+from .set_inputs import (
+    check_finite,
+    check_floating,
+    check_integers,
+    check_labels,
+    check_mask,
+    check_shape,
+    check_time,
+)
 
 # every class that a saved checkpoint can be opened with
 AUTO_CLASSES = {
@@ -667,6 +676,7 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
         """
         config = self.config
         check_shape("particles", particles, ("batch", "slots", config.num_features))
+        check_floating("particles", particles)
         batch_size, num_slots = particles.shape[:2]
         if num_slots == 0 or batch_size == 0:
             raise ValueError(f"`particles` has shape {tuple(particles.shape)}, expected at least one jet and one slot")
@@ -690,6 +700,7 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
             if not config.use_time:
                 raise ValueError("`time` is given, but the configuration says `use_time` = False")
             check_shape("time", time, (batch_size,))
+            check_time(time)
         no_pt = particles[..., 2] == 0
         if attention_mask is None:
             is_real = ~no_pt if config.mask_rule == "log_pt" else torch.ones_like(no_pt)
@@ -700,8 +711,7 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
                     f"`particles` of jet {jet} is 0 in slot {slot}: padding? then `attention_mask` has to say so"
                 )
         else:
-            check_shape("attention_mask", attention_mask, (batch_size, num_slots))
-            is_real = attention_mask.bool()
+            is_real = check_mask(attention_mask, (batch_size, num_slots))
             if config.mask_rule == "log_pt":
                 is_real = is_real & ~no_pt
         # a condition gives the tokens something to attend to
@@ -718,6 +728,7 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
         if additional_features is not None:
             check_finite("additional_features", additional_features, is_real)
         if particle_ids is not None:
+            check_integers("particle_ids", particle_ids)
             wrong = ((particle_ids < 0) | (particle_ids >= self.config.num_particle_types)) & is_real
             if bool(wrong.any()):
                 jet, slot = wrong.nonzero()[0].tolist()
@@ -788,7 +799,7 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
         embedded = self.embed_particles(particles[rows, places]) + self.local_embedding(particles.float(), is_real)
         if self.embed_particle_ids is not None:
             embedded = embedded + self._per_jet_dropout(
-                self.embed_particle_ids(particle_ids[rows, places]), rows, batch_size
+                self.embed_particle_ids(particle_ids[rows, places].long()), rows, batch_size
             )
         if self.embed_additional is not None:
             additional = additional_features[rows, places].to(embedded.dtype)
@@ -874,7 +885,7 @@ class OmniLearnedForSequenceClassification(OmniLearnedPreTrainedModel):
             if labels.numel() != logits.numel():
                 raise ValueError(f"`labels` has shape {tuple(labels.shape)}, expected {tuple(logits.shape)}")
             return nn.functional.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
-        check_labels("labels", labels, len(logits), self.config.num_labels)
+        labels = check_labels("labels", labels, len(logits), self.config.num_labels)
         return sum(class_losses(self.config, logits, labels))
 
 
@@ -887,7 +898,7 @@ class OmniLearnedForGeneration(FlowMatchingGenerationMixin, OmniLearnedPreTraine
     particle_inputs = ("particle_ids", "additional_features")
 
     def __init__(self, config: OmniLearnedConfig):
-        check_time(config, type(self).__name__)
+        check_uses_time(config, type(self).__name__)
         super().__init__(config)
         self.model = OmniLearnedModel(config)
         self.generator = OmniLearnedParticleHead(config, config.num_features, num_jet_classes(config))
@@ -918,7 +929,7 @@ class OmniLearnedForGeneration(FlowMatchingGenerationMixin, OmniLearnedPreTraine
         is_real = self.model.check_jets(particles, attention_mask, particle_ids, additional_features, conditions, time)
         check_not_empty(is_real)
         if num_jet_classes(self.config):
-            check_labels("labels", labels, len(particles), self.config.num_labels)
+            labels = check_labels("labels", labels, len(particles), self.config.num_labels)
         if num_jet_classes(self.config) and self.training and self.config.label_dropout > 0:
             is_dropped = torch.rand(len(labels), device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(is_dropped, -1)
@@ -945,25 +956,34 @@ class OmniLearnedForGeneration(FlowMatchingGenerationMixin, OmniLearnedPreTraine
         return put_slots(self.generator(packed.states, packed.visible, labels), packed.slots, x.shape[1])
 
     def prepare_sampling(self, labels=None, conditions=None, attention_mask=None, **inputs) -> dict:
-        self.model.check_particle_inputs(attention_mask, **inputs)
-        return {"labels": labels, "conditions": conditions, **inputs}
+        return {"labels": None if labels is None else labels.long(), "conditions": conditions, **inputs}
 
-    def check_sampling_inputs(self, batch_size: int, labels=None, conditions=None, **inputs):
+    def check_sampling_inputs(self, attention_mask, labels=None, conditions=None, **inputs):
         config = self.config
+        batch_size, num_slots = attention_mask.shape
         if num_jet_classes(config):
             check_labels("labels", labels, batch_size, config.num_labels)
+        unknown = sorted(set(inputs) - set(self.particle_inputs))
+        if unknown:
+            expected = ", ".join(("labels", "conditions", *self.particle_inputs))
+            raise ValueError(f"unknown input {unknown[0]!r}, expected {expected}")
         wanted = {
-            "conditions": (conditions, config.num_conditions),
-            "particle_ids": (inputs.get("particle_ids"), config.num_particle_types),
-            "additional_features": (inputs.get("additional_features"), config.num_additional_features),
+            "conditions": (config.num_conditions, (batch_size, config.num_conditions)),
+            "particle_ids": (config.num_particle_types, (batch_size, num_slots)),
+            "additional_features": (
+                config.num_additional_features,
+                (batch_size, num_slots, config.num_additional_features),
+            ),
         }
-        for name, (values, size) in wanted.items():
+        for name, (size, shape) in wanted.items():
+            values = conditions if name == "conditions" else inputs.get(name)
             if (size > 0) != (values is not None):
                 raise ValueError(f"`{name}` is {'missing' if size else 'given'}, expected {size or 'none'} per row")
-            if size and name != "particle_ids" and values.shape[-1] != size:
-                raise ValueError(f"`{name}` has shape {tuple(values.shape)}, expected (..., {size})")
+            if size > 0:
+                check_shape(name, values, shape)
         if conditions is not None:
             check_conditions(conditions)
+        self.model.check_particle_inputs(attention_mask, **inputs)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
         return scaled_noise(self.config, super().noise(shape, generator))
@@ -992,7 +1012,7 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
 
     def __init__(self, config: OmniLearnedConfig):
         if "generation" in config.objectives:
-            check_time(config, type(self).__name__)
+            check_uses_time(config, type(self).__name__)
         super().__init__(config)
         self.model = OmniLearnedModel(config)
         self.classifier = self.generator = self.masked_head = self.masked_vectors = None
@@ -1061,8 +1081,9 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
         is_real = self.model.check_jets(particles, attention_mask, particle_ids, additional_features, conditions, time)
         check_not_empty(is_real)
         if self.classifier is not None or (self.generator is not None and num_jet_classes(config)):
-            check_labels("labels", labels, len(particles), config.num_labels)
+            labels = check_labels("labels", labels, len(particles), config.num_labels)
         inputs = (particle_ids, additional_features, conditions)
+        num_slots = particles.shape[1]
         output = OmniLearnedPreTrainingOutput()
         terms = []
         clean = None
@@ -1075,7 +1096,7 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
             flow = noised_jets(config, particles, is_real, time, noise)
             noised = self.model.encode(flow.particles, is_real, *inputs, flow.time)
             velocity = self.generator(noised.states, noised.visible, labels)
-            output.velocity = put_slots(velocity, noised.slots, particles.shape[1])
+            output.velocity = put_slots(velocity, noised.slots, num_slots)
             output.time = flow.time
             output.generation_loss = flow_loss(config, output.velocity.float(), flow.target, is_real)
             terms.append((config.generation_loss_weight, output.generation_loss))
@@ -1087,7 +1108,9 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
                 )
                 terms.append((config.perturbed_loss_weight, output.perturbed_class_loss + output.perturbed_event_loss))
             if clean is not None and config.contrastive_loss_weight:
-                output.contrastive_loss = contrastive_loss(config, clean.states, noised.states, certainty)
+                # by slots: other jets are compared slot by slot, holes of the mask included
+                states = [self.model.unpack(packed.states, packed.slots, num_slots) for packed in (clean, noised)]
+                output.contrastive_loss = contrastive_loss(config, *states, certainty)
                 terms.append((config.contrastive_loss_weight, output.contrastive_loss))
         if self.masked_head is not None:
             if masked_positions is None:
@@ -1207,7 +1230,7 @@ class OmniLearnedForTokenClassification(OmniLearnedPreTrainedModel):
         if self.classifier is None and jet_labels is not None:
             raise ValueError("`jet_labels` are given, but a regression per particle has no classes of jets")
         if jet_labels is not None:
-            check_labels("jet_labels", jet_labels, len(particles), config.num_labels)
+            jet_labels = check_labels("jet_labels", jet_labels, len(particles), config.num_labels)
         packed = self.model.encode(particles, is_real, particle_ids, additional_features, conditions)
         jet_logits = classes = None
         if self.classifier is not None:
@@ -1234,6 +1257,7 @@ class OmniLearnedForTokenClassification(OmniLearnedPreTrainedModel):
             squares = (logits - labels).square()
             return squares.mean() if self.config.loss_over_padding else squares[is_real].mean()
         check_shape("labels", labels, tuple(is_real.shape))
+        check_integers("labels", labels)
         wrong = labels >= self.config.num_particle_labels
         if bool(wrong.any()):
             jet, slot = wrong.nonzero()[0].tolist()
@@ -1242,7 +1266,7 @@ class OmniLearnedForTokenClassification(OmniLearnedPreTrainedModel):
                 f"{self.config.num_particle_labels}"
             )
         is_target = (labels >= 0) & is_real
-        losses = nn.functional.cross_entropy(logits[is_target], labels[is_target], reduction="sum")
+        losses = nn.functional.cross_entropy(logits[is_target], labels[is_target].long(), reduction="sum")
         return losses / is_target.sum().clamp(min=1)
 
 
@@ -1268,6 +1292,7 @@ def noised_jets(config: OmniLearnedConfig, particles, is_real, time=None, noise=
     if noise is None:
         noise = torch.randn_like(particles)
     check_shape("noise", noise, tuple(particles.shape))
+    check_finite("noise", noise, is_real)
     noise = scaled_noise(config, noise.float()).masked_fill(~is_real.unsqueeze(-1), 0.0)
     share = time.float()[:, None, None]
     return Flow((1 - share) * particles + share * noise, noise - particles, noise, time)
@@ -1354,24 +1379,6 @@ def num_jet_classes(config: OmniLearnedConfig) -> int:
     return config.num_labels if config.num_labels > 1 else 0
 
 
-def check_shape(name: str, values, expected: tuple):
-    text = f"({', '.join(map(str, expected))}{',' * (len(expected) == 1)})"
-    if not isinstance(values, torch.Tensor):
-        raise ValueError(f"`{name}` is {type(values).__name__}, expected a tensor {text}")
-    fits = values.ndim == len(expected) and all(
-        isinstance(size, str) or size == found for size, found in zip(expected, values.shape)
-    )
-    if not fits:
-        raise ValueError(f"`{name}` has shape {tuple(values.shape)}, expected {text}")
-
-
-def check_finite(name: str, values: torch.Tensor, is_real: torch.BoolTensor):
-    broken = ~values.isfinite().all(dim=-1) & is_real
-    if bool(broken.any()):
-        jet, slot = broken.nonzero()[0].tolist()
-        raise ValueError(f"`{name}` of jet {jet}, slot {slot} is {values[jet, slot].tolist()}, expected finite numbers")
-
-
 def check_conditions(conditions: torch.Tensor):
     broken = ~conditions.isfinite().all(dim=-1)
     if bool(broken.any()):
@@ -1385,20 +1392,7 @@ def check_not_empty(is_real: torch.BoolTensor):
         raise ValueError(f"jet {int(counts.argmin())} of the batch has no particles, expected at least one")
 
 
-def check_labels(name: str, labels, batch_size: int, num_labels: int):
-    """Class indices (batch,); on an accelerator any other would end the process."""
-    if labels is None:
-        raise ValueError(f"`{name}` is missing, expected class indices ({batch_size},)")
-    check_shape(name, labels, (batch_size,))
-    if labels.is_floating_point():
-        raise ValueError(f"`{name}` is {labels.dtype}, expected integers")
-    wrong = (labels < 0) | (labels >= num_labels)
-    if bool(wrong.any()):
-        jet = int(wrong.nonzero()[0])
-        raise ValueError(f"`{name}` of jet {jet} is {int(labels[jet])}, expected 0 to {num_labels - 1}")
-
-
-def check_time(config: OmniLearnedConfig, class_name: str):
+def check_uses_time(config: OmniLearnedConfig, class_name: str):
     if not config.use_time:
         raise ValueError(f"{class_name}: `use_time` is False, expected True: generation needs the time")
 

@@ -7,27 +7,23 @@ five flags of the particle type. Each is standardised; the network sees `scale` 
 [GeV/c] and eta.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import cached_file
+from transformers import BatchFeature
 
-from .batching import check_integer, pad_rows, padding_strategy, split_rows
-from .condition_density import JetConditionDensity
-from .jet_features import (
-    FOUR_MOMENTUM,
-    four_momenta,
-    jet_columns,
-    momentum_features,
-    sum_jets,
-    wrap_phi,
+from .batching import check_integer, split_rows
+from .jet_features import FOUR_MOMENTUM, four_momenta, sum_jets, wrap_phi
+from .jet_sets import (
+    LABEL_NAMES,
+    Constituents,
+    JetSetFeatureExtractor,
+    label_columns,
+    numbers,
+    read_constituents,
 )
-from .records_dirc import list_column, scalar_column, short_repr, to_numpy
+from .records_dirc import short_repr, to_numpy
 
 # mean and standard deviation over the constituents of the published training set
 PUBLISHED_STATISTICS = {
@@ -48,15 +44,10 @@ PUBLISHED_STATISTICS = {
 KINEMATICS = ("part_etarel", "part_dphi", "part_ptrel")
 FLAGS = tuple(name for name in PUBLISHED_STATISTICS if name.startswith("part_is"))
 SHARES = ("part_ptrel", "part_energyrel")
-# the classes of JetClass (arXiv:2202.03772) in the order of the published model
-LABEL_NAMES = tuple(
-    f"label_{name}" for name in ("QCD", "Hbb", "Hcc", "Hgg", "H4q", "Hqql", "Zqq", "Wqq", "Tbqq", "Tbl")
-)
-CONDITIONS = ("jet_pt", "jet_energy", "jet_eta", "jet_sdmass", "jet_nparticles")
-DENSITY_FILE = "condition_density.safetensors"
+DERIVED = {"part_etarel", "part_dphi", *SHARES}
 
 
-class EpicFMFeatureExtractor(FeatureExtractionMixin):
+class EpicFMFeatureExtractor(JetSetFeatureExtractor):
     r"""
     Jets to the inputs of `EpicFMForGeneration`, and generated particles to jets.
 
@@ -99,84 +90,33 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
         feature_ranges: Mapping[str, Sequence[float]] | None = None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        condition_names = list(condition_names)
+        count = len(condition_names)
+        super().__init__(
+            label_names=label_names,
+            condition_names=condition_names,
+            condition_means=[0.0] * count if condition_means is None else condition_means,
+            condition_stds=[1.0] * count if condition_stds is None else condition_stds,
+            max_num_particles=check_integer("max_num_particles", max_num_particles, 1),
+            **kwargs,
+        )
         self.feature_names = list(feature_names)
-        self.label_names = list(label_names)
-        self.condition_names = list(condition_names)
         if tuple(self.feature_names[:3]) != KINEMATICS or len(set(self.feature_names)) != len(self.feature_names):
             raise ValueError(f"feature_names is {self.feature_names}, expected {', '.join(KINEMATICS)} and others")
-        unknown = [name for name in self.condition_names if name not in CONDITIONS]
-        if unknown:
-            raise ValueError(f"condition_names has {unknown[0]!r}, expected of {', '.join(CONDITIONS)}")
         if means is None or stds is None:
             without = [name for name in self.feature_names if name not in PUBLISHED_STATISTICS]
             if without:
                 raise ValueError(f"means and stds are missing; there are no published ones of {without[0]}")
         published = [PUBLISHED_STATISTICS.get(name) for name in self.feature_names]
-        self.means = _numbers("means", [m for m, _ in published] if means is None else means, len(self.feature_names))
-        self.stds = _numbers("stds", [s for _, s in published] if stds is None else stds, len(self.feature_names), True)
-        count = len(self.condition_names)
-        self.condition_means = _numbers("condition_means", condition_means or [0.0] * count, count)
-        self.condition_stds = _numbers("condition_stds", condition_stds or [1.0] * count, count, True)
-        (self.scale,) = _numbers("scale", [scale], 1, True)
-        self.max_num_particles = check_integer("max_num_particles", max_num_particles, 1)
-        (self.max_abs_etarel,) = _numbers("max_abs_etarel", [max_abs_etarel], 1, True)
+        self.means = numbers("means", [m for m, _ in published] if means is None else means, len(self.feature_names))
+        self.stds = numbers("stds", [s for _, s in published] if stds is None else stds, len(self.feature_names), True)
+        (self.scale,) = numbers("scale", [scale], 1, True)
+        (self.max_abs_etarel,) = numbers("max_abs_etarel", [max_abs_etarel], 1, True)
         ranges = {"part_ptrel": [1e-4, 1.0]} if feature_ranges is None else feature_ranges
-        self.feature_ranges = {name: _numbers(f"feature_ranges.{name}", ranges[name], 2) for name in sorted(ranges)}
+        self.feature_ranges = {name: numbers(f"feature_ranges.{name}", ranges[name], 2) for name in sorted(ranges)}
         for name, (low, high) in self.feature_ranges.items():
             if name not in SHARES or not low < high:
                 raise ValueError(f"feature_ranges.{name} is [{low}, {high}], expected rising limits of part_ptrel")
-        self._density: JetConditionDensity | None = None
-        self._dropped: Counter = Counter()
-
-    # --- settings and density ----------------------------------------------------------------------------------------
-
-    @property
-    def density(self) -> JetConditionDensity | None:
-        """Multiplicity and conditions per class, saved beside the settings; `None` without a fit."""
-        return self._density
-
-    @density.setter
-    def density(self, density: JetConditionDensity | None):
-        if density is not None:
-            sizes = (density.num_classes, density.num_conditions)
-            expected = (max(1, len(self.label_names)), len(self.condition_names))
-            if sizes != expected:
-                raise ValueError(f"density is of {sizes} classes and conditions, expected {expected}")
-        self._density = density
-
-    @property
-    def dropped(self) -> Counter:
-        """Constituents that were left out so far, by reason."""
-        return self._dropped
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name not in ("_density", "_dropped")}
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Settings and, if there is one, the density, into a folder."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        density = Path(save_directory) / DENSITY_FILE
-        if self._density is not None:
-            self._density.save(density)
-        else:
-            # one of other settings
-            density.unlink(missing_ok=True)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "EpicFMFeatureExtractor":
-        extractor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        options = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
-        path = cached_file(
-            str(pretrained_model_name_or_path),
-            DENSITY_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            **{name: kwargs[name] for name in options if kwargs.get(name) is not None},
-        )
-        if path is not None:
-            extractor.density = JetConditionDensity.load(path)
-        return extractor
 
     def fit(self, rows: Any, standardise_conditions: bool = True, **density) -> "EpicFMFeatureExtractor":
         """
@@ -193,9 +133,10 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
         Raises:
             ValueError: naming row, field and value; or no jets.
         """
-        jets = self._read(rows, None)
-        features, conditions = jets["features"], jets["conditions"]
-        if not len(features):
+        jets = self._read(rows)
+        is_kept, lengths = self.kept(jets, max_abs_etarel=self._is_near(jets))
+        features = self._features(jets, is_kept)
+        if not jets.count:
             raise ValueError("no jets to fit to")
         stds = features.std(axis=0)
         # a type of particle that this data set does not have
@@ -203,13 +144,12 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
         for k, name in enumerate(self.feature_names):
             if name in SHARES:
                 self.feature_ranges[name] = [float(features[:, k].min()), float(features[:, k].max())]
+        conditions = self.read_conditions(jets, lengths)
         if standardise_conditions and len(self.condition_names):
             widths = conditions.std(axis=0)
             self.condition_means = conditions.mean(axis=0).tolist()
             self.condition_stds = np.where(widths > 0, widths, 1.0).tolist()
-        self.density = JetConditionDensity.fit(
-            jets["lengths"], conditions, jets["class_ids"], max(1, len(self.label_names)), **density
-        )
+        self.fit_density(lengths, conditions, self.read_classes(jets, None), **density)
         return self
 
     # --- jets to tensors ---------------------------------------------------------------------------------------------
@@ -240,151 +180,34 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
             ValueError: naming row, field and value: something is missing or not finite, a jet has no constituents or
                 not exactly one label.
         """
-        jets = self._read(rows, return_class_ids)
-        flat = self.standardise(jets["features"]).astype(np.float32)
-        features: dict[str, Any] = {"particles": split_rows(flat, jets["lengths"])}
-        if jets["class_ids"] is not None:
-            features["class_ids"] = jets["class_ids"]
+        jets = self._read(rows)
+        is_kept, lengths = self.kept(jets, max_abs_etarel=self._is_near(jets))
+        flat = self.standardise(self._features(jets, is_kept)).astype(np.float32)
+        features: dict[str, Any] = {"particles": split_rows(flat, lengths)}
+        classes = self.read_classes(jets, return_class_ids)
+        if classes is not None:
+            features["class_ids"] = classes
         if self.condition_names:
-            features["conditions"] = self._standardise_conditions(jets["conditions"])
-        return self._padded(features, padding, return_tensors)
+            features["conditions"] = self.standardise_conditions(self.read_conditions(jets, lengths))
+        return self.pad(features, padding, return_tensors=return_tensors)
 
-    def pad(
-        self,
-        features: Sequence[Mapping[str, Any]] | Mapping[str, Any],
-        padding: bool | str | None = True,
-        return_tensors: str | None = None,
-        **kwargs,
-    ) -> BatchFeature:
-        """Pad and stack jets that `__call__(..., padding=False)` made: one dictionary per jet, or of lists."""
-        if isinstance(features, Mapping):
-            columns = {name: list(values) for name, values in features.items()}
-        else:
-            columns = {name: [jet[name] for jet in features] for name in (features[0] if features else ())}
-        if "particles" not in columns:
-            raise ValueError(f"pad: particles is missing; the features have {', '.join(columns) or 'none'}")
-        columns.pop("attention_mask", None)
-        return self._padded(columns, padding, return_tensors)
+    def _read(self, rows: Any) -> Constituents:
+        return read_constituents(rows, [name for name in self.feature_names if name not in DERIVED])
 
-    def _padded(self, features: dict[str, Any], padding, return_tensors: str | None) -> BatchFeature:
-        strategy = padding_strategy(padding)
-        particles = [to_numpy(jet).astype(np.float32, copy=False) for jet in features.pop("particles")]
-        dtypes = {"class_ids": np.int64}
-        others = {
-            name: np.asarray([to_numpy(value) for value in values], dtype=dtypes.get(name, np.float32))
-            for name, values in features.items()
-        }
-        if strategy is None:
-            return BatchFeature({"particles": particles, **others}, tensor_type=return_tensors)
-        lengths = np.array([len(jet) for jet in particles], dtype=np.int64)
-        width = self.max_num_particles if strategy == "max_length" else int(lengths.max(initial=0))
-        if len(lengths) and lengths.max() > width:
-            row = int(np.argmax(lengths))
-            raise ValueError(f"row {row}: {lengths[row]} constituents, expected at most {width}")
-        size = len(self.feature_names)
-        flat = np.concatenate(particles) if particles else np.zeros((0, size), dtype=np.float32)
-        data = {
-            "particles": pad_rows(flat, lengths, width, "right", 0.0),
-            "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
-            **others,
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+    def _is_near(self, jets: Constituents) -> np.ndarray:
+        return np.abs(jets.flat["part_etarel"]) <= self.max_abs_etarel
 
-    def _read(self, rows: Any, return_class_ids: bool | None) -> dict[str, Any]:
-        """Features (constituents, features), lengths, conditions and classes of jets, physical units, float64."""
-        derived = {"part_etarel", "part_dphi", *SHARES}
-        stored = [name for name in self.feature_names if name not in derived]
-        columns, count, _ = jet_columns(rows, [*FOUR_MOMENTUM, *stored])
-        names = [*FOUR_MOMENTUM, *stored]
-        if "part_dphi" in columns:
-            names.append("part_dphi")
-        flat, lengths = {}, None
-        for name in names:
-            values, sizes = list_column(columns, name, count)
-            if lengths is None:
-                lengths = sizes
-            if not np.array_equal(sizes, lengths):
-                row = int(np.argmax(sizes != lengths))
-                raise ValueError(f"row {row}: {name} has {sizes[row]} constituents, part_px has {lengths[row]}")
-            flat[name] = values
-        owner = np.repeat(np.arange(count), lengths)
-        position = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        for name, values in flat.items():
-            if not np.isfinite(values).all():
-                h = int(np.argmin(np.isfinite(values)))
-                raise ValueError(f"row {owner[h]}: {name}[{position[h]}] = {values[h]} is not a finite number")
-
-        momenta = np.stack([flat[name] for name in FOUR_MOMENTUM], axis=-1)
-        sums = momentum_features(sum_jets(momenta, lengths))
-        jets = {}
-        for name in ("pt", "eta", "phi", "energy"):
-            column = f"jet_{name}"
-            jets[column] = self._jet_column(columns, column, count) if column in columns else sums[name]
-        parts = momentum_features(momenta)
-        for name in ("jet_pt", "jet_energy"):
-            bad = (jets[name] <= 0) & (lengths > 0)
-            if bad.any():
-                row = int(np.argmax(bad))
-                raise ValueError(f"row {row}: {name} = {jets[name][row]:g}, expected a number above 0")
-        of_jet = {name: values[owner] for name, values in jets.items()}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            flat["part_etarel"] = parts["eta"] - of_jet["jet_eta"]
-            flat["part_ptrel"] = parts["pt"] / of_jet["jet_pt"]
-            flat["part_energyrel"] = parts["energy"] / of_jet["jet_energy"]
-        if "part_dphi" not in flat:
-            flat["part_dphi"] = wrap_phi(parts["phi"] - of_jet["jet_phi"])
+    def _features(self, jets: Constituents, is_kept: np.ndarray) -> np.ndarray:
+        """Features (kept constituents, features), physical units, float64."""
+        flat = {name: values[is_kept] for name, values in jets.flat.items()}
+        owner, position = jets.owner[is_kept], jets.position[is_kept]
+        flat["part_ptrel"] = flat["part_pt"] / jets.jets["jet_pt"][owner]
+        flat["part_energyrel"] = flat["part_energy"] / jets.jets["jet_energy"][owner]
         features = np.stack([flat[name] for name in self.feature_names], axis=-1)
-
-        # in the published order: the first constituents, then those that are real and close enough
-        is_first = position < self.max_num_particles
-        is_real = parts["pt"] != 0
-        is_near = np.abs(flat["part_etarel"]) <= self.max_abs_etarel
-        self._dropped["max_num_particles"] += int((~is_first).sum())
-        self._dropped["zero_pt"] += int((is_first & ~is_real).sum())
-        self._dropped["max_abs_etarel"] += int((is_first & is_real & ~is_near).sum())
-        is_kept = is_first & is_real & is_near
-        kept = np.bincount(owner[is_kept], minlength=count)
-        if (kept == 0).any():
-            row = int(np.argmin(kept))
-            raise ValueError(f"row {row}: none of {lengths[row]} constituents is left, expected at least 1")
-        if not np.isfinite(features[is_kept]).all():
-            h, k = np.argwhere(~np.isfinite(features) & is_kept[:, None])[0]
+        if not np.isfinite(features).all():
+            h, k = np.argwhere(~np.isfinite(features))[0]
             raise ValueError(f"row {owner[h]}: {self.feature_names[k]}[{position[h]}] does not follow from the momenta")
-
-        jets["jet_nparticles"] = kept.astype(np.float64)
-        if "jet_sdmass" in self.condition_names:
-            jets["jet_sdmass"] = self._jet_column(columns, "jet_sdmass", count)
-        conditions = np.array([jets[name] for name in self.condition_names]).reshape(len(self.condition_names), count).T
-        return {
-            "features": features[is_kept],
-            "lengths": kept,
-            "conditions": conditions,
-            "class_ids": self._class_ids(columns, count, return_class_ids),
-        }
-
-    @staticmethod
-    def _jet_column(columns, name: str, count: int) -> np.ndarray:
-        values = scalar_column(columns, name, count)
-        if not np.isfinite(values).all():
-            row = int(np.argmin(np.isfinite(values)))
-            raise ValueError(f"row {row}: {name} = {values[row]} is not a finite number")
-        return values
-
-    def _class_ids(self, columns, count: int, wanted: bool | None) -> np.ndarray | None:
-        if wanted is False or not self.label_names:
-            return None
-        missing = [name for name in self.label_names if name not in columns and count > 0]
-        if missing:
-            raise ValueError(f"column {missing[0]} is missing; expected {', '.join(self.label_names)}")
-        labels = np.zeros((count, len(self.label_names)))
-        for k, name in enumerate(self.label_names if count else ()):
-            flags = [float(value) if isinstance(value, (bool, np.bool_)) else value for value in columns[name]]
-            labels[:, k] = scalar_column({name: flags}, name, count)
-        is_one_hot = ((labels == 0) | (labels == 1)).all(axis=1) & (labels.sum(axis=1) == 1)
-        if not is_one_hot.all():
-            row = int(np.argmin(is_one_hot))
-            raise ValueError(f"row {row}: not exactly one of {', '.join(self.label_names)} is 1")
-        return labels.argmax(axis=1)
+        return features
 
     # --- what the network sees ---------------------------------------------------------------------------------------
 
@@ -429,50 +252,6 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
             row, slot = np.argwhere(is_bad)[0]
             raise ValueError(f"row {row}, slot {slot}: {particles[row, slot].tolist()}, expected finite features")
         return particles, mask
-
-    def encode_conditions(self, **quantities) -> np.ndarray:
-        """
-        Conditions float32 (batch, conditions) as the network sees them, of one array (batch,) per condition name:
-        `encode_conditions(jet_pt=[620.0], jet_eta=[0.1])`; GeV.
-        """
-        wrong = sorted(set(quantities) ^ set(self.condition_names))
-        if wrong:
-            raise ValueError(f"condition {wrong[0]} is missing or unknown, expected {', '.join(self.condition_names)}")
-        values = np.column_stack([to_numpy(quantities[name]).astype(np.float64) for name in self.condition_names])
-        if not np.isfinite(values).all():
-            row, k = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(f"row {row}: {self.condition_names[k]} = {values[row, k]}, expected a finite number")
-        return self._standardise_conditions(values)
-
-    def _standardise_conditions(self, conditions: np.ndarray) -> np.ndarray:
-        scaled = (conditions - np.asarray(self.condition_means)) / np.asarray(self.condition_stds)
-        return scaled.astype(np.float32)
-
-    def sample_conditions(
-        self, class_ids: Any, seed: int | np.random.Generator | None = None, return_tensors: str | None = None
-    ) -> BatchFeature:
-        """
-        Draw multiplicity and conditions of jets of `class_ids` (batch,) from the density.
-
-        Returns:
-            `num_particles` int64 (batch,), `labels` int64 (batch,) and `conditions` float32 (batch, conditions) for
-            `EpicFMForGeneration.generate`. Without classes, or without conditions, these are left out.
-
-        Raises:
-            ValueError: no density, or a class that it does not have.
-        """
-        if self._density is None:
-            raise ValueError("the feature extractor has no density of conditions; `fit` it to a training set")
-        class_ids = to_numpy(class_ids)
-        if class_ids.ndim != 1 or class_ids.dtype.kind not in "iu":
-            raise ValueError(f"class_ids must be integers (batch,), got {short_repr(class_ids.tolist())}")
-        num_particles, conditions = self._density.sample(class_ids, np.random.default_rng(seed))
-        data: dict[str, Any] = {"num_particles": np.clip(num_particles, 1, self.max_num_particles)}
-        if self.label_names:
-            data["labels"] = class_ids.astype(np.int64)
-        if self.condition_names:
-            data["conditions"] = self._standardise_conditions(conditions)
-        return BatchFeature(data, tensor_type=return_tensors)
 
     # --- particles to jets -------------------------------------------------------------------------------------------
 
@@ -530,6 +309,11 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
             phi = np.broadcast_to(to_numpy(jet_phi).astype(np.float64), (count,))[row_index]
             if not np.isfinite(phi).all():
                 raise ValueError(f"jet_phi must be finite, got {short_repr(jet_phi)}")
+            is_far = np.abs(values["part_etarel"]) >= 50
+            if is_far.any():
+                h = int(np.argmax(is_far))
+                found = values["part_etarel"][h]
+                raise ValueError(f"row {row_index[owner[h]]}: part_etarel = {found:g}, expected below 50")
             momenta = four_momenta(
                 values["part_ptrel"] * jets["jet_pt"][owner],
                 values["part_etarel"] + jets["jet_eta"][owner],
@@ -546,41 +330,21 @@ class EpicFMFeatureExtractor(FeatureExtractionMixin):
             column = column.astype(np.int32) if postprocess and name in FLAGS else column
             columns[name] = split_rows(column, lengths)
         columns.update({name: column.astype(np.float32) for name, column in jets.items()})
-        if labels is not None:
-            labels = to_numpy(labels)
-            if labels.shape != (count,):
-                raise ValueError(f"labels have shape {labels.shape}, expected ({count},)")
-            for class_id, name in enumerate(self.label_names):
-                columns[name] = (labels[row_index] == class_id).astype(np.int32)
+        if labels is not None and self.label_names:
+            of_jets = label_columns(labels, self.label_names, count)
+            columns.update({name: column[row_index] for name, column in of_jets.items()})
         columns["jet_nparticles"] = lengths.astype(np.float32)
         columns["row_index"] = row_index
         return columns
 
     def _jet_quantities(self, conditions: Any, count: int) -> dict[str, np.ndarray]:
         """Physical conditions, (batch,) each, of what the network sees."""
-        if conditions is None or not self.condition_names:
-            return {}
-        conditions = to_numpy(conditions).astype(np.float64)
-        if conditions.ndim == 2 and conditions.shape[1] == len(self.label_names) + len(self.condition_names):
-            conditions = conditions[:, len(self.label_names) :]
-        if conditions.shape != (count, len(self.condition_names)):
-            raise ValueError(f"conditions have shape {conditions.shape}, expected {(count, len(self.condition_names))}")
-        physical = conditions * np.asarray(self.condition_stds) + np.asarray(self.condition_means)
-        return {name: physical[:, k] for k, name in enumerate(self.condition_names)}
-
-
-def _numbers(name: str, values: Any, count: int, above_zero: bool = False) -> list[float]:
-    """`values` as a list of `count` finite floats."""
-    expected = f"{count} finite numbers{' above 0' if above_zero else ''}"
-    if not isinstance(values, Sequence) and not hasattr(values, "tolist"):
-        raise ValueError(f"{name} is {short_repr(values)}, expected {expected}")
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    is_good = len(values) == count and all(
-        isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value) for value in values
-    )
-    if not is_good or above_zero and min(values, default=1) <= 0:
-        raise ValueError(f"{name} is {short_repr(values)}, expected {expected}")
-    return [float(value) for value in values]
+        width = len(self.label_names) + len(self.condition_names)
+        if conditions is not None and self.condition_names:
+            conditions = to_numpy(conditions)
+            if conditions.ndim == 2 and conditions.shape[1] == width:
+                conditions = conditions[:, len(self.label_names) :]
+        return self.physical_conditions(conditions, count)
 
 
 # `save_pretrained` then writes this code beside the settings, so that they load anywhere with `trust_remote_code=True`

@@ -13,7 +13,14 @@ from transformers import BatchFeature
 
 from .batching import check_integer, split_rows
 from .jet_features import FOUR_MOMENTUM, four_momenta, momentum_features, sum_jets, wrap_phi
-from .jet_sets import LABEL_NAMES, MULTIPLICITY, Constituents, JetSetFeatureExtractor, read_constituents
+from .jet_sets import (
+    LABEL_NAMES,
+    MULTIPLICITY,
+    Constituents,
+    JetSetFeatureExtractor,
+    label_columns,
+    read_constituents,
+)
 from .records_dirc import short_repr, to_numpy
 
 # PDG codes of the types in increasing order: the first is type 1, 0 is padding. Charged hadrons count as pions, neutral
@@ -198,9 +205,7 @@ class OmniLearnedFeatureExtractor(JetSetFeatureExtractor):
         if not all(np.isfinite(values).all() for values in kinematics):
             h = int(np.argmin(np.isfinite(kinematics).all(axis=0)))
             raise ValueError(f"row {owner[h]}: constituent {position[h]} has no direction")
-        features: dict[str, Any] = {
-            "particles": split_rows(np.stack(kinematics, axis=-1).astype(np.float32), lengths)
-        }
+        features: dict[str, Any] = {"particles": split_rows(np.stack(kinematics, axis=-1).astype(np.float32), lengths)}
         if self.use_particle_ids:
             features["particle_ids"] = split_rows(particle_types(flat, owner, position), lengths)
         if self.use_additional_features:
@@ -245,8 +250,8 @@ class OmniLearnedFeatureExtractor(JetSetFeatureExtractor):
 
         Returns:
             Columns of the jet data sets of this package, one row per jet, constituents by falling pT: four-momenta
-            [GeV], `part_deta`, `part_dphi`, `part_logenergy`, types and impact parameters if given, `jet_pt`,
-            `jet_eta`, `jet_phi` of the axis, `jet_energy`, labels, `jet_nparticles`, and `row_index`.
+            [GeV], `part_deta`, `part_dphi`, `part_logenergy`, types and impact parameters if given, `jet_eta`,
+            `jet_phi` of the axis, `jet_pt`, `jet_energy` of the sum, labels, `jet_nparticles`, and `row_index`.
 
         Raises:
             ValueError: wrong shapes, or numbers that are not finite.
@@ -259,11 +264,12 @@ class OmniLearnedFeatureExtractor(JetSetFeatureExtractor):
         if particles.ndim != 3 or particles.shape[-1] != 4 or mask.shape != particles.shape[:2]:
             expected = "(batch, slots, 4) and (batch, slots)"
             raise ValueError(f"particles have shape {particles.shape}, mask {mask.shape}, expected {expected}")
-        is_bad = mask & ~(np.isfinite(particles).all(axis=-1) & (particles[..., 2] < 50))
+        is_possible = (np.abs(particles[..., 0]) < 50) & (particles[..., 2] < 50)
+        is_bad = mask & ~(np.isfinite(particles).all(axis=-1) & is_possible)
         if is_bad.any():
             row, slot = np.argwhere(is_bad)[0]
             found = particles[row, slot].tolist()
-            raise ValueError(f"row {row}, slot {slot}: {found}, expected finite features, ln pT below 50")
+            raise ValueError(f"row {row}, slot {slot}: {found}, expected finite features, eta and ln pT below 50")
         count = len(mask)
         known = self.physical_conditions(conditions, count)
         axis = {"jet_eta": known.get("jet_eta", jet_eta), "jet_phi": jet_phi}
@@ -303,12 +309,9 @@ class OmniLearnedFeatureExtractor(JetSetFeatureExtractor):
         sums = momentum_features(sum_jets(momenta, lengths))
         jets = {"jet_pt": sums["pt"], **axis, "jet_energy": sums["energy"], MULTIPLICITY: lengths}
         result.update({name: values.astype(np.float32) for name, values in jets.items()})
-        if labels is not None:
-            labels = to_numpy(labels)
-            if labels.shape != (count,):
-                raise ValueError(f"labels have shape {labels.shape}, expected ({count},)")
-            for class_id, name in enumerate(self.label_names):
-                result[name] = (labels[row_index] == class_id).astype(np.int32)
+        if labels is not None and self.label_names:
+            of_jets = label_columns(labels, self.label_names, count)
+            result.update({name: column[row_index] for name, column in of_jets.items()})
         result["row_index"] = row_index
         return result
 
@@ -340,7 +343,7 @@ def _decoded_types(types: np.ndarray) -> dict[str, np.ndarray]:
     if not ((types >= 1) & (types <= len(PDG_CODES))).all():
         raise ValueError(f"particle_ids has {types.min()} to {types.max()}, expected 1 to {len(PDG_CODES)}")
     codes = np.asarray(PDG_CODES)[types - 1]
-    columns = {name: np.isin(codes, [code for code in codes_of if code is not None]) for name, codes_of in FLAGS.items()}
+    columns = {name: np.isin(codes, [code for code in of_flag if code is not None]) for name, of_flag in FLAGS.items()}
     columns["part_charge"] = np.array([CHARGES[code] for code in PDG_CODES])[types - 1]
     return columns
 

@@ -110,7 +110,7 @@ def class_ids(columns: Mapping[str, Sequence], label_names: Sequence[str], count
         ValueError: there is none of the columns, or a row has not exactly one 1.
     """
     known = [name for name in label_names if name in columns]
-    if not known:
+    if not known and count > 0:
         raise ValueError(f"column {label_names[0]} is missing; expected some of {', '.join(label_names)}")
     labels = np.zeros((count, len(label_names)))
     for name in known:
@@ -121,6 +121,23 @@ def class_ids(columns: Mapping[str, Sequence], label_names: Sequence[str], count
         row = int(np.argmin(is_one_hot))
         raise ValueError(f"row {row}: not exactly one of {', '.join(known)} is 1")
     return labels.argmax(axis=1)
+
+
+def label_columns(labels: Any, label_names: Sequence[str], count: int) -> dict[str, np.ndarray]:
+    """
+    One-hot columns int32 (count,) of class ids (count,).
+
+    Raises:
+        ValueError: another shape, or a class that there is not; names the row.
+    """
+    labels = to_numpy(labels)
+    if labels.shape != (count,):
+        raise ValueError(f"labels have shape {labels.shape}, expected ({count},)")
+    is_known = np.isin(labels, np.arange(len(label_names)))
+    if not is_known.all():
+        row = int(np.argmin(is_known))
+        raise ValueError(f"row {row}: label {labels[row]}, expected 0 to {len(label_names) - 1}")
+    return {name: (labels == class_id).astype(np.int32) for class_id, name in enumerate(label_names)}
 
 
 class JetSetFeatureExtractor(FeatureExtractionMixin):
@@ -191,8 +208,12 @@ class JetSetFeatureExtractor(FeatureExtractionMixin):
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
         """Settings and, if there is one, the density, into a folder."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
+        density = Path(save_directory) / DENSITY_FILE
         if self._density is not None:
-            self._density.save(Path(save_directory) / DENSITY_FILE)
+            self._density.save(density)
+        else:
+            # one of other settings
+            density.unlink(missing_ok=True)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
@@ -243,7 +264,8 @@ class JetSetFeatureExtractor(FeatureExtractionMixin):
         lengths = np.bincount(jets.owner[is_kept], minlength=jets.count)
         if (lengths == 0).any():
             row = int(np.argmin(lengths))
-            raise ValueError(f"row {row}: none of {(jets.owner == row).sum()} constituents is left, expected at least 1")
+            found = (jets.owner == row).sum()
+            raise ValueError(f"row {row}: none of {found} constituents is left, expected at least 1")
         return is_kept, lengths
 
     def read_conditions(self, jets: Constituents, lengths: np.ndarray) -> np.ndarray:
@@ -251,7 +273,7 @@ class JetSetFeatureExtractor(FeatureExtractionMixin):
         found = {**jets.jets, MULTIPLICITY: lengths.astype(np.float64)}
         if "jet_sdmass" in self.condition_names:
             found["jet_sdmass"] = jet_column(jets.columns, "jet_sdmass", jets.count)
-        return np.array([found[name] for name in self.condition_names]).reshape(-1, jets.count).T
+        return np.array([found[name] for name in self.condition_names]).reshape(len(self.condition_names), jets.count).T
 
     def read_classes(self, jets: Constituents, wanted: bool | None) -> np.ndarray | None:
         """Class ids (jets,), or `None` if they are not wanted or there are no classes."""

@@ -1,5 +1,7 @@
 """Optimizer, schedule, averaged weights and groups of parameters of the published OmniLearned trainings."""
 
+import re
+
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
@@ -47,28 +49,48 @@ def test_golden_omnilearned_training():
             golden.compare(name, torch.tensor(found[name], dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
+def model_of(names: list[str]) -> OmniLearnedForPreTraining:
+    """A network with the published parameters of these names; widths do not matter."""
+
+    def blocks(prefix: str) -> int:
+        return len({match.group(1) for name in names if (match := re.match(rf"{prefix}\.in_blocks\.(\d+)\.", name))})
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    heads = {"classification": "classifier", "generation": "generator"}
+    objectives = [objective for objective, head in heads.items() if has(f"{head}.")]
+    config = OmniLearnedConfig(
+        hidden_size=16,
+        num_attention_heads=4,
+        num_hidden_layers=blocks("body"),
+        num_head_layers=blocks(heads[objectives[0]]),
+        num_local_layers=blocks("body.local_physics"),
+        use_interaction=has("body.interaction"),
+        num_conditions=3 * has("body.cond_embed"),
+        num_particle_types=9 * has("body.pid_embed"),
+        num_additional_features=4 * has("body.add_embed"),
+        num_labels=5 if "generation" not in objectives or has("generator.pid_embed") else 1,
+        use_time=has("body.time_embed"),
+        objectives=objectives,
+    )
+    return OmniLearnedForPreTraining(config)
+
+
 @pytest.mark.parametrize(
     "release, new_layers", [("v0_2_0", NEW_LAYERS_AND_INPUTS), ("git_922355d", NEW_LAYERS)], ids=["0.2.0", "git"]
 )
 def test_golden_omnilearned_parameter_groups(release, new_layers):
     golden = GoldenSet("omnilearned_training")
-    expected = golden.config[f"param_groups_finetune_lr_factor5_{release}"]
-    config = OmniLearnedConfig(
-        hidden_size=16,
-        num_attention_heads=4,
-        num_hidden_layers=1,
-        num_head_layers=1,
-        num_conditions=3,
-        num_particle_types=9,
-        num_additional_features=4,
-        use_time=True,
-        objectives=["classification", "generation"],
-    )
-    lr = golden.config["lr"]
+    pattern = rf"param_groups_finetune_lr_factor([\d.]+)_{release}"
+    (found,) = (match for name in golden.config if (match := re.fullmatch(pattern, name)))
+    expected = golden.config[found.group()]
+    model = model_of([name for group in expected for name in group["params"]])
     groups = parameter_groups(
-        OmniLearnedForPreTraining(config), lr, golden.config["weight_decay"][0], new_layers, lr_factor=5
+        model, golden.config["lr"], golden.config["weight_decay"][0], new_layers, lr_factor=float(found.group(1))
     )
-    assert len(groups) == len(expected) == 4
+    expected = [group for group in expected if group["params"]]
+    assert len(groups) == len(expected)
     for group, published in zip(groups, expected):
         assert group["lr"] == pytest.approx(published["lr"]) and group["weight_decay"] == published["weight_decay"]
         names = [convert_key(name, KEY_PATTERNS) for name in published["params"]]

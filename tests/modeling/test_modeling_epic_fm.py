@@ -294,6 +294,14 @@ def test_bfloat16_and_autocast():
     assert sample.particles.dtype == torch.float32 and sample.particles.isfinite().all()
 
 
+def test_double_precision():
+    model, double = make(), make().double()
+    batch = make_batch(model.config)
+    torch.testing.assert_close(
+        double.model(**batch, time=0.3).velocity.float(), model.model(**batch, time=0.3).velocity
+    )
+
+
 def test_fresh_weights_have_the_published_initialisation():
     model = make(hidden_size=64)
     for module in model.modules():
@@ -366,6 +374,9 @@ HOSTILE_CONFIGS = [
     ({"dropout": 1.0}, "`dropout` is 1.0"),
     ({"label_dropout": 0.1, "num_classes": 0}, "`label_dropout` needs `num_classes`"),
     ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
+    ({"sum_scale": math.nan}, "`sum_scale` is nan"),
+    ({"sigma_min": math.nan}, "`sigma_min` is nan"),
+    ({"condition_names": ["jet_pt", "jet_pt"]}, "`condition_names` is ['jet_pt', 'jet_pt']"),
 ]
 
 
@@ -393,18 +404,26 @@ def put(index, value):
 HOSTILE_BATCHES = [
     ("particles", lambda x: x[..., :12], "`particles` has shape (3, 12, 12), expected (batch, slots, 13)"),
     ("particles", lambda x: x[0], "`particles` has shape (12, 13)"),
-    ("particles", put((2, 8, 3), math.nan), "row 2, slot 8: ["),
-    ("particles", put((0, 0, 0), math.inf), "row 0, slot 0: [inf"),
+    ("particles", put((2, 8, 3), math.nan), "`particles` of jet 2, slot 8 is ["),
+    ("particles", put((0, 0, 0), math.inf), "`particles` of jet 0, slot 0 is [inf"),
+    ("particles", lambda x: x.int(), "`particles` is torch.int32, expected floating-point numbers"),
     ("attention_mask", put(1, 0), "row 1: no constituents, expected at least 1"),
+    ("attention_mask", put((2, 4), 2), "`attention_mask` of jet 2, slot 4 is 2, expected 0 or 1"),
+    ("attention_mask", lambda x: x.float().log(), "`attention_mask` of jet 0, slot 5 is -inf, expected 0 or 1"),
+    ("attention_mask", lambda x: x.tolist(), "`attention_mask` is list, expected a tensor (3, 12)"),
     ("attention_mask", lambda x: x[:, :5], "`attention_mask` has shape (3, 5), expected (3, 12)"),
     ("class_ids", put(1, 10), "row 1: 10, expected class -1 (none) or 0 to 9"),
     ("class_ids", put(0, -2), "row 0: -2, expected class"),
+    ("class_ids", lambda x: x + 0.5, "`class_ids` is torch.float32, expected integers"),
+    ("class_ids", lambda x: x > 0, "`class_ids` is torch.bool, expected integers"),
     ("class_ids", lambda x: x[:2], "`class_ids` has shape (2,), expected (3,)"),
     ("class_ids", None, "`conditions` has shape (3, 2), expected (3, 12)"),
     ("conditions", put((1, 0), math.nan), "row 1: [nan"),
     ("conditions", lambda x: x[:, :1], "`conditions` has shape (3, 1), expected (3, 2)"),
     ("conditions", None, "the model needs `class_ids` and `conditions`: 10 classes"),
     ("time", torch.zeros(2), "`time` has shape (2,), expected a scalar or (3,)"),
+    ("time", torch.tensor([0.0, math.nan, 1.0]), "`time` of jet 1 is nan, expected 0 (data) to 1 (noise)"),
+    ("time", torch.tensor(1.5), "`time` is 1.5, expected 0 (data) to 1 (noise)"),
 ]
 
 
@@ -427,8 +446,11 @@ def test_hostile_paths_and_padding():
         ({"time": torch.zeros(2)}, "`time` has shape (2,), expected (3,)"),
         ({"time": torch.tensor(0.5)}, "`time` has shape (), expected (3,)"),
         ({"noise": torch.zeros(3, 12, 12)}, "`noise` has shape (3, 12, 12), expected (3, 12, 13)"),
+        ({"noise": torch.full((3, 12, 13), math.nan)}, "`noise` of jet 0, slot 0 is [nan"),
+        ({"time": torch.tensor([0.0, 1.0, -0.1])}, "`time` of jet 2 is -0.1, expected 0 (data) to 1 (noise)"),
+        ({name: values[:0] for name, values in batch.items()}, "expected at least one jet and one slot"),
         # 0 times NaN is not 0
-        ({"particles": put((0, 11, 0), math.nan)(batch["particles"].clone())}, "row 0, slot 11: [nan"),
+        ({"particles": put((0, 11, 0), math.nan)(batch["particles"].clone())}, "`particles` of jet 0, slot 11 is [nan"),
     ):
         with pytest.raises(ValueError) as error:
             model(**{**batch, **change})

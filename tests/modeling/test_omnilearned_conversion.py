@@ -173,7 +173,8 @@ def test_regression_and_segmentation(tmp_path):
         for name, tensor in state_dict.items()
         if not name.startswith(("classifier", "generator.pid_embed"))
     }
-    options = {**options, "mode": "segmentation", "num_classes": 1}
+    # what the reference is told of classes of jets, a segmentation does not use
+    options = {**options, "mode": "segmentation", "num_classes": 7}
     model = run(tmp_path, kept, options, AutoModelForTokenClassification, "segmentation")
     assert model.config.problem_type == "regression" and model.classifier is None and model.config.loss_over_padding
     assert model.generator.embed_labels is None
@@ -210,6 +211,8 @@ def without(name):
         (None, {"use_int": False}, "configuration says use_int = False, but the checkpoint has True"),
         (None, {"mode": "generator"}, "configuration says mode = 'generator', but the checkpoint has the heads"),
         (None, {"mode": "magic"}, "configuration says mode = 'magic'"),
+        (None, {"mode": ["classifier"]}, r"configuration says mode = \['classifier'\]"),
+        (None, {"num_heads": "4"}, "configuration says num_heads = '4', expected a finite number"),
         (None, {"int_type": "astro"}, "int_type = 'astro', expected 'lhc'"),
         (None, {"skip": True}, "skip = True, which is not supported"),
         (None, {"K": 0}, "K = 0, expected an integer from 1"),
@@ -261,6 +264,10 @@ def test_hostile_number_of_heads(tmp_path):
         ({"mpm_features": "kin+vertex"}, "mpm_features = 'kin\\+vertex', expected 'kin'"),
         ({"variant": "regression"}, "have 24 predicted features, expected 4"),
         ({"variant": "words"}, "variant = 'words'"),
+        (
+            {"pos_encoding_type": ["sort_descending_all"]},
+            r"pos_encoding_type = \['sort_descending_all'\], expected one",
+        ),
     ],
 )
 def test_hostile_masking_options(options, message, tmp_path):

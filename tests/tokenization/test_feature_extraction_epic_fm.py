@@ -373,7 +373,7 @@ HOSTILE_ROWS = [
     (with_value("jet_eta", math.nan), "row 1: jet_eta = nan is not a finite number"),
     (with_value("jet_eta", None), "row 1: jet_eta = nan"),
     (with_value("label_QCD", 1), "row 1: not exactly one of label_QCD"),
-    (without("label_Hcc"), "column label_Hcc is missing"),
+    (lambda rows: [row.pop(name) for row in rows for name in LABEL_COLUMNS], "column label_QCD is missing"),
     (without("part_energy"), "part_energy"),
     (without("part_isMuon"), "part_isMuon"),
     (
@@ -423,6 +423,8 @@ def test_hostile_requests_and_particles():
         ({"particles": particles[..., :5]}, "particles have shape"),
         ({"conditions": np.zeros((2, 3))}, "conditions have shape"),
         ({"labels": np.zeros(3)}, "labels have shape"),
+        ({"labels": np.array([0, 10])}, "row 1: label 10, expected 0 to 9"),
+        ({"particles": np.full((2, 4, 13), 1e4), "conditions": np.ones((2, 2))}, "row 0: part_etarel = .*below 50"),
         ({"min_num_particles": -1}, "min_num_particles must be"),
     ):
         with pytest.raises(ValueError, match=expected):
