@@ -47,6 +47,10 @@ bench: install
 	$(BIN)/python benchmarks/training.py --family spade
 	$(BIN)/python benchmarks/generation.py --family omnijet
 	$(BIN)/python benchmarks/training.py --family omnijet
+	$(BIN)/python benchmarks/training.py --family fm4npp
+	$(BIN)/python benchmarks/generation.py --family omnilearned
+	$(BIN)/python benchmarks/training.py --family omnilearned
+	$(BIN)/python benchmarks/generation.py --family epic_fm
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

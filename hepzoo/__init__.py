@@ -1,9 +1,10 @@
 """
 A transformers-compatible model zoo for particle and nuclear physics.
 
-`import hepzoo` registers every family with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`,
-`AutoModelForSequenceClassification`, `AutoModelForTokenClassification` and `AutoTokenizer`. Model code is imported when
-an Auto class or an attribute of this module asks for it.
+`import hepzoo` registers every family with `AutoConfig`, `AutoTokenizer` or `AutoFeatureExtractor`, `AutoModel`, and
+what it has of `AutoModelForCausalLM`, `AutoModelForPreTraining`, `AutoModelForSequenceClassification`,
+`AutoModelForTokenClassification` and `AutoModelForInstanceSegmentation`. Model code is imported when an Auto class or
+an attribute of this module asks for it.
 """
 
 from hepzoo._registration import FAMILIES, register_families

@@ -35,6 +35,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "jets": "hepzoo.evaluation.evaluate_jets",
             "tracking": "hepzoo.evaluation.evaluate_tracking",
             "tokens": "hepzoo.evaluation.token_quality",
+            "sets": "hepzoo.evaluation.evaluate_sets",
+            "sampling-steps": "hepzoo.evaluation.sampling_steps",
         },
     ),
     "plot": (
@@ -74,6 +76,8 @@ examples:
   hepzoo convert spade --checkpoint model.ckpt --config config.yaml --output spade
   hepzoo convert omnijet --checkpoint model_ckpt.ckpt --config config.yaml --output jet_tokenizer
   hepzoo convert fm4npp --checkpoint pp_nerf_m1_k30.ckpt --config mamba_m1.yaml --output fm4npp_m3
+  hepzoo convert omnilearned --checkpoint best_model_pretrain_s.pt --config omnilearned.json --output omnilearned_small
+  hepzoo convert epic_fm --checkpoint epicfm_baseline.ckpt --config jetclass_cond.yaml --output epic_fm
   hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
   hepzoo convert-data showers gamma-fullG4.hdf5 --output data/showers
   hepzoo convert-data jetclass TTBar_000.root ZJetsToNuNu_000.root --output data/jets
@@ -84,6 +88,8 @@ examples:
   hepzoo plot dirc --real data/dirc --generated generated --output plots
   hepzoo evaluate jets --real data/jets --generated generated
   hepzoo evaluate tokens --original data/jets --reconstructed reconstructed
+  hepzoo evaluate sets --real data/jets --generated generated --plots plots
+  hepzoo evaluate sampling-steps --model epic --real data/jets --output steps.md steps.png
   hepzoo plot showers --real data/validation.parquet --generated generated --output plots
   hepzoo evaluate tracking --input predictions.parquet
   hepzoo plot jets --real data/jets --generated generated --output plots

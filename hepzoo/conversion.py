@@ -308,13 +308,17 @@ FAMILIES = {
     "spade": convert_spade,
     "omnijet": convert_omnijet,
 }
-# what to do where a checkpoint does not bring its tokenizer
+# what to do where a checkpoint does not bring its tokenizer or feature extractor
 WITHOUT_TOKENIZER = {
-    "epic_fm": "the constants of its features are not known; save an EpicFMFeatureExtractor with yours there",
-    "omnilearned": "its inputs are the features of the particles as they are",
-    "cmhca_dirc": "its vocabulary is not that of the hpDIRC plane; save a CMHCADircTokenizer with your geometry there",
-    "omnijet": "it belongs to the tokenizer network; convert that, and save its OmniJetTokenizer there too",
-    "fm4npp": "its bin edges are not in the checkpoint; save an Fm4nppFeatureExtractor with yours there",
+    "epic_fm": "no feature extractor written, the constants of its features are not known; save an "
+    "EpicFMFeatureExtractor with yours there",
+    "omnilearned": "no feature extractor written, it depends on your data; save an OmniLearnedFeatureExtractor there",
+    "cmhca_dirc": "no tokenizer written, its vocabulary is not that of the hpDIRC plane; save a CMHCADircTokenizer "
+    "with your geometry there",
+    "omnijet": "no tokenizer written, it belongs to the tokenizer network; convert that, and save its "
+    "OmniJetTokenizer there too",
+    "fm4npp": "no feature extractor written, its bin edges are not in the checkpoint; `hepzoo convert-data "
+    "tpc-bin-edges` writes one there with those of your events",
 }
 
 
@@ -374,5 +378,5 @@ def main(argv: list[str] | None = None) -> int:
     for name, model in models.items():
         print(f"{output / name}: {type(model).__name__}, {model.num_parameters():,} parameters")
     if tokenizer is None:
-        print(f"{output}: no tokenizer written, {WITHOUT_TOKENIZER[arguments.family]}")
+        print(f"{output}: {WITHOUT_TOKENIZER[arguments.family]}")
     return 0

@@ -119,8 +119,9 @@ def load_feature_extractor(
                 raise InputError(f"--bin_edges_events: the bin edges are those of {name}")
             if events is None or tpc_args.bin_edges_events < 1:
                 raise InputError("--bin_edges_events: expected at least 1, and training data to compute them from")
-            extractor.compute_bin_edges([dict(event) for event in events.take(tpc_args.bin_edges_events)])
-            logger.info(f"bin edges from {tpc_args.bin_edges_events} training events")
+            rows = [dict(event) for event in events.take(tpc_args.bin_edges_events)]
+            extractor.compute_bin_edges(rows)
+            logger.info(f"bin edges from {len(rows)} training events")
         # says how to make the edges, if the order needs some
         extractor({column: [[50.0]] for column in POINT_COLUMNS}, return_neighbor_labels=False)
     except InputError:
