@@ -149,7 +149,11 @@ def plot_efficiency(
         for number, (sample, rows) in enumerate(tables.items()):
             # the open last bin is drawn as wide as the one before
             width = rows[-2]["high"] - rows[-2]["low"] if len(rows) > 1 else 1.0
-            rows = [{**row, "high": min(row["high"], row["low"] + width)} for row in rows if row[count]]
+            rows = [
+                {**row, "high": row["low"] + width if np.isinf(row["high"]) else row["high"]}
+                for row in rows
+                if row[count]
+            ]
             low, high, value, error = (
                 np.array([row[key] for row in rows], float) for key in ("low", "high", name, f"{name}_error")
             )
