@@ -12,7 +12,7 @@ coordinates are relative to the sum of the constituents, substructure as in `hep
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Jets:
         pt, eta, phi, mass (`np.ndarray` of shape `(c,)`): of the constituents, float64; GeV.
         label (`np.ndarray` of shape `(n,)`): number of the class in `CLASSES`, -1 where it is not known.
         relative (`bool`): eta and phi are relative to the axis of their jet, whose own are not known.
+        features (`dict[str, np.ndarray]`): further columns of the constituents, `(c,)` each.
     """
 
     offsets: np.ndarray
@@ -72,6 +73,7 @@ class Jets:
     mass: np.ndarray
     label: np.ndarray
     relative: bool = False
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -86,6 +88,10 @@ class Jets:
         """Number of the jet of every constituent, shape `(c,)`."""
         return np.repeat(np.arange(len(self)), self.multiplicity)
 
+    def _constituents(self, which: np.ndarray) -> dict[str, Any]:
+        parts: dict[str, Any] = {name: getattr(self, name)[which] for name in ("pt", "eta", "phi", "mass")}
+        return parts | {"features": {name: values[which] for name, values in self.features.items()}}
+
     def massless(self) -> "Jets":
         """The same with constituents of no mass; pt, eta and phi stay."""
         return replace(self, mass=np.zeros_like(self.mass))
@@ -93,14 +99,12 @@ class Jets:
     def keep(self, which: np.ndarray) -> "Jets":
         """All jets, with only the constituents of a mask of shape `(c,)`; jets may become empty."""
         counts = np.bincount(self.owner[which], minlength=len(self))
-        parts = {name: getattr(self, name)[which] for name in ("pt", "eta", "phi", "mass")}
-        return replace(self, offsets=_offsets(counts), **parts)
+        return replace(self, offsets=_offsets(counts), **self._constituents(which))
 
     def select(self, which: np.ndarray) -> "Jets":
         """The jets of a boolean mask of shape `(n,)` or of an array of jet numbers, in that order."""
         index, at, offsets = _take(self.offsets, which)
-        parts = {name: getattr(self, name)[at] for name in ("pt", "eta", "phi", "mass")}
-        return replace(self, offsets=offsets, label=self.label[index], **parts)
+        return replace(self, offsets=offsets, label=self.label[index], **self._constituents(at))
 
     @cached_property
     def momentum(self) -> np.ndarray:
@@ -162,11 +166,15 @@ class Jets:
             raise ValueError("no jets to concatenate: the list of parts is empty")
         if any(part.relative != parts[0].relative for part in parts):
             raise ValueError("some jets have coordinates relative to the jet axis, others do not: expected one kind")
+        if any(set(part.features) != set(parts[0].features) for part in parts):
+            raise ValueError("some jets have other features of the constituents than others: expected the same")
         joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("pt", "eta", "phi", "mass")}
+        features = {name: np.concatenate([p.features[name] for p in parts]) for name in parts[0].features}
         return Jets(
             offsets=_offsets(np.concatenate([part.multiplicity for part in parts])),
             label=np.concatenate([part.label for part in parts]),
             relative=parts[0].relative,
+            features=features,
             **joined,
         )
 
@@ -196,7 +204,7 @@ def _wanted(names: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _columns(rows: Any) -> dict[str, Any]:
+def _columns(rows: Any, features: Sequence[str] = ()) -> dict[str, Any]:
     """Columns of any accepted kind of rows, not yet checked."""
     if hasattr(rows, "with_format") and hasattr(rows, "column_names"):  # datasets.Dataset
         rows = rows.with_format("arrow")[:]
@@ -208,7 +216,7 @@ def _columns(rows: Any) -> dict[str, Any]:
         if all(np.ndim(v) == 0 for v in rows[names[0]]) and not hasattr(rows[names[0]], "combine_chunks"):
             labels = {name: [value] for name, value in rows.items() if name in LABELS}
             if len(rows[names[0]]) or all(np.ndim(value[0]) == 0 for value in labels.values()):
-                return {name: [rows[name]] for name in names} | labels
+                return {name: [rows[name]] for name in (*names, *features) if name in rows} | labels
         return dict(rows)
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
         raise ValueError(f"expected records, a dict of columns or a data set, got {type(rows).__name__}")
@@ -217,7 +225,7 @@ def _columns(rows: Any) -> dict[str, Any]:
         if not isinstance(row, Mapping):
             raise ValueError(f"row {i}: expected a record, got {type(row).__name__}")
     names = _wanted(rows[0]) if rows else CARTESIAN
-    names += tuple(name for name in LABELS if rows and name in rows[0])
+    names += tuple(name for name in (*features, *LABELS) if rows and name in rows[0])
     for i, row in enumerate(rows):
         missing = [name for name in names if name not in row]
         if missing:
@@ -248,12 +256,13 @@ def _labels(columns: Mapping[str, Any], jets: int, first_row: int) -> np.ndarray
     return label
 
 
-def as_jets(rows: Any, first_row: int = 0) -> Jets:
+def as_jets(rows: Any, first_row: int = 0, features: Sequence[str] = ()) -> Jets:
     """Checks rows and lays them out flat.
 
     Args:
         rows: list of records, one record, dict of columns, `datasets.Dataset`, pyarrow table, or `Jets`.
         first_row (`int`): number of the first row in error messages.
+        features: further columns of lists over the constituents, for `Jets.features`.
 
     Raises:
         ValueError: columns are missing, lists of one row differ in length, a value is not finite, a constituent has no
@@ -262,10 +271,13 @@ def as_jets(rows: Any, first_row: int = 0) -> Jets:
     """
     if isinstance(rows, Jets):
         return rows
-    columns = _columns(rows)
+    columns = _columns(rows, features)
     names = _wanted(columns)
+    missing = [name for name in features if name not in columns]
+    if missing:
+        raise ValueError(f"column {missing[0]!r} is missing")
     flat, counts = {}, None
-    for name in names:
+    for name in (*names, *features):
         values, lengths = _flat(columns[name], name, first_row)
         counts = lengths if counts is None else counts
         if len(lengths) != len(counts):
@@ -291,21 +303,22 @@ def as_jets(rows: Any, first_row: int = 0) -> Jets:
         refuse(name, ~np.isfinite(values), values, "a finite number")
     positive = "a positive number of GeV (remove padding)"
     label = _labels(columns, len(counts), first_row)
+    extra = {name: flat[name] for name in features}
     if names[0] == CARTESIAN[0]:
-        px, py, pz, energy = flat.values()
+        px, py, pz, energy = (flat[name] for name in names)
         pt = np.hypot(px, py)
         refuse("pT of part_px, part_py", pt <= 0, pt, positive)
         momentum = np.hypot(pt, pz)
         # stored in float32: energies of massless constituents may be below the momentum by rounding
         refuse("part_energy", energy < momentum * (1 - 1e-5), energy, "at least the momentum")
         mass = np.sqrt(np.maximum((energy - momentum) * (energy + momentum), 0.0))
-        return Jets(offsets, pt, np.arcsinh(pz / pt), np.arctan2(py, px), mass, label)
+        return Jets(offsets, pt, np.arcsinh(pz / pt), np.arctan2(py, px), mass, label, features=extra)
     pt, eta, phi = (flat[name] for name in names[:3])
     mass = flat.get(MASS, np.zeros_like(pt))
     refuse("part_pt", pt <= 0, pt, positive)
     refuse(names[1], np.abs(eta) > 20, eta, "a pseudorapidity of at most 20 in size")
     refuse(MASS, mass < 0, mass, "a number of GeV that is not negative")
-    return Jets(offsets, pt, eta, wrap_phi(phi), mass, label, relative=names[1] == RELATIVE[1])
+    return Jets(offsets, pt, eta, wrap_phi(phi), mass, label, names[1] == RELATIVE[1], extra)
 
 
 def iter_jets(
@@ -313,6 +326,7 @@ def iter_jets(
     classes: Sequence[str] | None = None,
     max_jets: int | None = None,
     batch_size: int = 5000,
+    features: Sequence[str] = (),
 ) -> Iterator[Jets]:
     """Jets of Parquet files, folders or glob patterns in batches.
 
@@ -320,6 +334,7 @@ def iter_jets(
         classes (*optional*): only these of `CLASSES`.
         max_jets (`int`, *optional*): stop after so many jets (of the classes) in all.
         batch_size (`int`): most jets at a time.
+        features: as for `as_jets`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -331,9 +346,9 @@ def iter_jets(
         try:
             file = pq.ParquetFile(path)
             names = file.schema_arrow.names
-            wanted = [*_wanted(names), *(name for name in LABELS if name in names)]
+            wanted = [*_wanted(names), *(name for name in (*features, *LABELS) if name in names)]
             for batch in file.iter_batches(batch_size, columns=wanted):
-                jets = as_jets(pa.Table.from_batches([batch]), first_row=row)
+                jets = as_jets(pa.Table.from_batches([batch]), row, features)
                 row += len(jets)
                 if wanted_labels is not None:
                     jets = jets.select(np.isin(jets.label, wanted_labels))
@@ -360,10 +375,13 @@ def _class_numbers(classes: Sequence[str] | None) -> list[int] | None:
 
 
 def read_jets(
-    paths: str | Path | Iterable[str | Path], classes: Sequence[str] | None = None, max_jets: int | None = None
+    paths: str | Path | Iterable[str | Path],
+    classes: Sequence[str] | None = None,
+    max_jets: int | None = None,
+    features: Sequence[str] = (),
 ) -> Jets:
     """All jets of Parquet files, folders or glob patterns (arguments of `iter_jets`)."""
-    parts = list(iter_jets(paths, classes, max_jets))
+    parts = list(iter_jets(paths, classes, max_jets, features=features))
     if not parts:
         names = str(paths) if isinstance(paths, (str, Path)) else ", ".join(map(str, paths))
         raise ValueError(f"{names}: no jets" + (f" of the classes {', '.join(classes)}" if classes else ""))
@@ -379,7 +397,8 @@ class JetObservables:
 
     Attributes:
         scalars (`dict[str, np.ndarray]`): the `OBSERVABLES`, shape `(n,)`; NaN where a jet has none.
-        constituents (`dict[str, np.ndarray]`): the `CONSTITUENTS`, shape `(c,)`.
+        constituents (`dict[str, np.ndarray]`): the `CONSTITUENTS` and the features of the jets, shape `(c,)`; NaN where
+            a constituent has none.
         offsets (`np.ndarray` of shape `(n + 1,)`): first constituent of every jet, and the total.
         label (`np.ndarray` of shape `(n,)`): see `Jets`.
     """
@@ -394,9 +413,7 @@ class JetObservables:
 
     def values(self, name: str) -> np.ndarray:
         """All defined values of an observable, of jets or of constituents."""
-        if name in self.constituents:
-            return self.constituents[name]
-        values = self.scalars[name]
+        values = self.constituents[name] if name in self.constituents else self.scalars[name]
         return values[np.isfinite(values)]
 
     def select(self, which: np.ndarray) -> "JetObservables":
@@ -462,6 +479,7 @@ def observe(
         "part_etarel": centered.eta,
         "part_phirel": centered.phi,
         "part_ptrel": jets.pt / pt[jets.owner],
+        **jets.features,
     }
     return JetObservables(scalars, constituents, jets.offsets, jets.label)
 

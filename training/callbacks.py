@@ -3,10 +3,13 @@
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+EMA_FOLDER = "ema"
 
 
 class LossMonitor(TrainerCallback):
@@ -121,6 +124,109 @@ class LossMonitor(TrainerCallback):
         """Real positions per second of the last training, all ranks together."""
         (tokens,) = _sum_over_ranks([self.tokens])
         return tokens / max(self.elapsed, 1e-9)
+
+
+class EMACallback(TrainerCallback):
+    """
+    Keeps an exponential moving average of the weights, a = decay a + (1 - decay) w after every step.
+
+    The averaged model is written to the folder `ema` of every checkpoint and, at the end, of the output folder: a whole
+    model in safetensors, that `from_pretrained(folder, subfolder="ema")` loads. Training goes on with the weights
+    themselves. Averages are kept and written in float32. Not for sharded parameters (FSDP, ZeRO 3).
+
+    Args:
+        decay (`float`): 0.999 as published for OmniLearned and the EPiC flow.
+        resume_from (`str`): checkpoint that a resumed run starts from; its averages go on.
+
+    Raises:
+        ValueError: the decay is not from 0 to 1, or the checkpoint has no averages that fit.
+    """
+
+    def __init__(self, decay: float = 0.999, resume_from: str | Path | None = None):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay of the averaged weights is {decay}, expected 0 <= decay < 1")
+        self.decay = decay
+        self.resume_from = resume_from
+        self.averages: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().float().clone() for name, p in trained.items()}
+        if self.resume_from is None:
+            return
+        from safetensors.torch import load_file
+
+        path = Path(self.resume_from) / EMA_FOLDER / "model.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the run that is resumed kept no averaged weights")
+        stored = load_file(path)
+        for name, average in self.averages.items():
+            if name not in stored or stored[name].shape != average.shape:
+                raise ValueError(f"{path}: no weights {name} of shape {tuple(average.shape)}")
+            average.copy_(stored[name])
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        names = list(self.averages)
+        parameters = dict(model.named_parameters())
+        weights = [parameters[name].detach().float() for name in names]
+        torch._foreach_lerp_([self.averages[name] for name in names], weights, 1 - self.decay)
+
+    def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if state.is_world_process_zero:
+            self.save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}", processing_class)
+
+    def on_train_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if state.is_world_process_zero:
+            self.save(model, Path(args.output_dir), processing_class)
+
+    def save(self, model: Any, folder: Path, processing_class: Any = None) -> Path:
+        """The averaged model, with what prepares its inputs, in the folder `ema` of `folder`."""
+        model = getattr(model, "module", model)
+        target = folder / EMA_FOLDER
+        model.save_pretrained(target, state_dict={**model.state_dict(), **self.averages})
+        if processing_class is not None:
+            processing_class.save_pretrained(target)
+        return target
+
+
+class LossParts(TrainerCallback):
+    """
+    Adds the parts of the loss to the logs of `Trainer`: a model returns them as `<part>_loss`; they are logged as
+    `loss_<part>` in training and `eval_loss_<part>` in validation, means over the batches that have the part.
+    """
+
+    def __init__(self):
+        self.parts: dict[bool, dict[str, list]] = {True: {}, False: {}}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        model.register_forward_hook(self._after_forward)
+
+    @torch.no_grad()
+    def _after_forward(self, model, args, output):
+        if not hasattr(output, "items"):
+            return
+        sums = self.parts[model.training]
+        for name, loss in output.items():
+            if name.endswith("_loss") and loss is not None:
+                total = sums.setdefault(name.removesuffix("_loss"), [0.0, 0])
+                total[0] = total[0] + loss.detach().float()
+                total[1] += 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or not {"loss", "eval_loss"} & set(logs):
+            return
+        is_training = "loss" in logs
+        sums = self.parts[is_training]
+        totals = _sum_over_ranks([value for pair in sums.values() for value in pair]) if sums else []
+        prefix = "loss_" if is_training else "eval_loss_"
+        extra = {f"{prefix}{name}": totals[2 * k] / totals[2 * k + 1] for k, name in enumerate(sums)}
+        self.parts[is_training] = {}
+        # the same dict becomes the metrics that `evaluate` returns
+        logs.update(extra)
+        if state.log_history:
+            state.log_history[-1].update(extra)
 
 
 class SetCollatorEpoch(TrainerCallback):

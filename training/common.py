@@ -64,8 +64,8 @@ class ModelArguments:
     optimizer: str | None = field(
         default=None,
         metadata={
-            "help": "radam (torch.optim.RAdam), ranger (RAdam in Lookahead; --optim_args alpha=0.5,k=6), lion (published "
-            "with --adam_beta1 0.95 --adam_beta2 0.98); by default --optim decides.",
+            "help": "radam (torch.optim.RAdam), ranger (RAdam in Lookahead; --optim_args alpha=0.5,k=6), lion "
+            "(published with --adam_beta1 0.95 --adam_beta2 0.98); by default --optim decides.",
             "choices": ["radam", "ranger", "lion"],
         },
     )

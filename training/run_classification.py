@@ -42,6 +42,8 @@ from hepzoo.training.data import (
     parse_assignments,
     scalar_columns,
 )
+from hepzoo.training.jet_set_classification import reads_sets, train_set_classifier
+from hepzoo.training.jet_sets import JetSetArguments
 
 logger = logging.get_logger("hepzoo.training.run_classification")
 
@@ -61,6 +63,11 @@ examples:
   tops against QCD jets (class 1 against class 0), from a generator of jets
     accelerate launch training/run_classification.py training/configs/omnijet_classifier.yaml \\
         --model_name_or_path runs/jets --train_file data/train --validation_file data/validation --output_dir runs/top
+
+  the same with OmniLearned, from a pre-trained model (run_pretraining.py)
+    accelerate launch training/run_classification.py training/configs/omnilearned_classifier.yaml \\
+        --model_name_or_path runs/pretrained --train_file data/train --validation_file data/validation \\
+        --output_dir runs/top
 """
 
 
@@ -111,7 +118,7 @@ class ClassEncoder(Encoder):
 
 def build_parser() -> transformers.HfArgumentParser:
     return make_parser(
-        (ModelArguments, DataTrainingArguments, HeadArguments, TrainingArguments),
+        (ModelArguments, DataTrainingArguments, HeadArguments, JetSetArguments, TrainingArguments),
         description="Train a classifier of tracks or jets. Options are flags or come from a JSON or YAML file given as "
         "the first argument, which flags override.",
         epilog=EXAMPLES,
@@ -174,7 +181,20 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains, evaluates, predicts; returns the exit status."""
-    model_args, data_args, head_args, training_args = parse_arguments(build_parser(), argv)
+    model_args, data_args, head_args, set_args, training_args = parse_arguments(build_parser(), argv)
+    if reads_sets(model_args):
+        return train_set_classifier(
+            head_args.classes,
+            head_args.freeze_backbone,
+            model_args,
+            set_args,
+            data_args,
+            training_args,
+            classification_metrics,
+        )
+    if set_args != JetSetArguments():
+        name = next(name for name, value in vars(JetSetArguments()).items() if getattr(set_args, name) != value)
+        raise InputError(f"--{name}: only for models of sets of particles (omnilearned)")
     prepare_run(training_args)
     # the collator, not Trainer, decides what is left out
     training_args.remove_unused_columns = False

@@ -1,0 +1,161 @@
+"""
+Pre-train OmniLearned (arXiv:2510.24066) on jets with any weighted sum of objectives: classes of jets, flow matching,
+masked particles (arXiv:2606.14870).
+
+The output folder holds model and feature extractor; `run_classification.py` and `run_flow_matching.py` start from it.
+"""
+
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+import hepzoo  # noqa: F401 - registers the families
+from hepzoo.training.common import (
+    ModelArguments,
+    describe_data,
+    find_last_checkpoint,
+    finish,
+    make_parser,
+    optimizer_arguments,
+    parse_arguments,
+    prepare_run,
+    run_script,
+)
+from hepzoo.training.data import DataTrainingArguments, InputError, load_raw_datasets
+from hepzoo.training.jet_sets import (
+    JetSetArguments,
+    load_set_config,
+    load_set_extractor,
+    load_set_model,
+    make_set_trainer,
+    model_settings,
+    prepare_jets,
+    train_and_evaluate,
+)
+
+logger = logging.get_logger("hepzoo.training.run_pretraining")
+
+EXAMPLES = """
+examples:
+  all three objectives, the published settings of the micro network
+    accelerate launch training/run_pretraining.py training/configs/omnilearned_pretraining.yaml \\
+        --train_file data/jets/train --validation_file data/jets/validation --output_dir runs/pretrained
+
+  a small one on the CPU
+    accelerate launch training/run_pretraining.py training/configs/omnilearned_pretraining_small.yaml \\
+        --train_file QCD.parquet Tbqq.parquet Wqq.parquet --output_dir runs/pretrained
+
+  masked particles count twice, no flow; no particle types and impact parameters
+    ... --objectives classification masked --objective_weights 1 2 \\
+        --feature_extractor_overrides use_particle_ids=false,use_additional_features=false
+
+  continue an interrupted run: the same command again
+"""
+
+WEIGHTS = {
+    "classification": "classification_loss_weight",
+    "generation": "generation_loss_weight",
+    "masked": "masked_loss_weight",
+}
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is learned."""
+
+    objectives: list[str] | None = field(
+        default=None,
+        metadata={"help": "Some of classification, generation, masked. Default: those of the model, from scratch all."},
+    )
+    objective_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the losses of --objectives, in their order. Default: 1 each."}
+    )
+
+
+def build_parser() -> transformers.HfArgumentParser:
+    return make_parser(
+        (ModelArguments, JetSetArguments, ObjectiveArguments, DataTrainingArguments, TrainingArguments),
+        description="Pre-train OmniLearned on jets. Options are flags or come from a JSON or YAML file given as the "
+        "first argument, which flags override.",
+        epilog=EXAMPLES,
+    )
+
+
+def objective_settings(arguments: ObjectiveArguments) -> dict:
+    """
+    Configuration values of the options.
+
+    Raises:
+        InputError: an unknown objective, or not one weight for each.
+    """
+    objectives, weights = arguments.objectives, arguments.objective_weights
+    if objectives is None:
+        if weights is not None:
+            raise InputError("--objective_weights: needs --objectives")
+        return {}
+    for name in objectives:
+        if name not in WEIGHTS or objectives.count(name) > 1:
+            raise InputError(f"--objectives: {name!r}, expected different ones of {', '.join(WEIGHTS)}")
+    if weights is None:
+        weights = [1.0] * len(objectives)
+    if len(weights) != len(objectives) or not all(weight >= 0 for weight in weights):
+        raise InputError(f"--objective_weights: {weights}, expected {len(objectives)} numbers of at least 0")
+    settings = {WEIGHTS[name]: weight for name, weight in zip(objectives, weights)}
+    return {"objectives": list(objectives), "use_time": "generation" in objectives, **settings}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains and evaluates; returns the exit status."""
+    from hepzoo.modeling.modeling_omnilearned import OmniLearnedForPreTraining
+
+    model_args, set_args, objective_args, data_args, training_args = parse_arguments(build_parser(), argv)
+    # the noise is drawn in the model: only the loss is compared
+    training_args.prediction_loss_only = True
+    training_args.label_names = []
+    training_args.remove_unused_columns = False
+    settings = objective_settings(objective_args)
+    prepare_run(training_args)
+    set_seed(training_args.seed)
+    checkpoint = find_last_checkpoint(training_args) if training_args.do_train else None
+
+    config = load_set_config(model_args, set_args, "omnilearned")
+    if config.model_type != "omnilearned":
+        raise InputError(f"model type {config.model_type!r} has one objective: use run_flow_matching.py")
+    raw = load_raw_datasets(data_args, training_args, model_args)
+    from_scratch = model_args.model_name_or_path is None
+    defaults = {"use_particle_ids": True, "use_additional_features": True} if from_scratch else {}
+    extractor = load_set_extractor(model_args, set_args, config, raw.train, **defaults)
+    if from_scratch and not settings:
+        settings = {"use_time": "generation" in config.objectives}
+    config.update({**model_settings(extractor), **settings})
+    prepare_jets(raw, extractor)
+    model = load_set_model(OmniLearnedForPreTraining, model_args, config)
+    logger.info(f"{type(model).__name__}: {model.num_parameters():,} parameters, {', '.join(config.objectives)}")
+
+    trainer = make_set_trainer(
+        model,
+        extractor,
+        raw,
+        model_args,
+        set_args,
+        data_args,
+        training_args,
+        checkpoint,
+        optimizer_arguments(model_args, training_args),
+    )
+    trainer.card = {
+        "script": "run_pretraining.py",
+        "auto_class": "AutoModelForPreTraining",
+        "processor_class": "AutoFeatureExtractor",
+        "data": describe_data(data_args),
+        "datasets": data_args.dataset_name,
+    }
+    train_and_evaluate(trainer, raw, data_args, training_args, checkpoint)
+    finish(trainer, training_args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, "run_pretraining.py")
