@@ -6,13 +6,10 @@ docs/simulate_jets.md.
 """
 
 import argparse
-import multiprocessing
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from tqdm import tqdm
 
 from hepzoo.data_scripts.jets_schema import JETS_FEATURES, PARTICLE_FLAGS, label_values
 from hepzoo.data_scripts.shards import ShardWriter
+from hepzoo.data_scripts.worker_processes import run_jobs
 
 __all__ = ["CLASS_SETTINGS", "detect", "iter_jets", "parse_classes", "simulate_jets"]
 
@@ -133,7 +131,7 @@ def iter_jets(
         for chunk, start in enumerate(range(0, num_jets, CHUNK_JETS))
         for name in classes
     ]
-    return _rounds(_run_jobs(jobs, min(processes, len(jobs))), len(classes), int(seed))
+    return _rounds(run_jobs(_simulate_chunk, jobs, min(processes, len(jobs))), len(classes), int(seed))
 
 
 def _rounds(results, num_classes: int, seed: int):
@@ -157,18 +155,6 @@ def _selected(columns: dict, rows) -> dict:
         name: [values[row] for row in rows] if isinstance(values, list) else values[rows]
         for name, values in columns.items()
     }
-
-
-def _run_jobs(jobs, workers: int):
-    if workers == 1:
-        yield from map(_simulate_chunk, jobs)
-        return
-    # spawn: forking a process that holds threads of torch or arrow can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(_simulate_chunk, jobs)
-        except BrokenProcessPool:
-            raise ValueError("a worker process died; its last message is above") from None
 
 
 def _check_packages() -> None:

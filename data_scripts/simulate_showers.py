@@ -7,12 +7,9 @@ comparison with Geant4 and its limits: docs/simulate_showers.md.
 """
 
 import argparse
-import multiprocessing
 import sys
 import textwrap
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +21,7 @@ from hepzoo.data_scripts.shower_profiles import (
     longitudinal_profile,
     radial_parameters,
 )
+from hepzoo.data_scripts.worker_processes import run_jobs
 
 __all__ = ["EcalGeometry", "ShowerConstants", "iter_showers", "parse_grid", "parse_range", "simulate_showers"]
 
@@ -124,20 +122,7 @@ def iter_showers(
 
     # Geant4 can be set up once per process only, so it always runs in processes of its own.
     workers = min(processes, -(-num_showers // CHUNK_SHOWERS))
-    return _run_jobs(jobs(), workers, in_process=workers == 1 and engine == "parametrised")
-
-
-def _run_jobs(jobs, workers: int, in_process: bool):
-    if in_process:
-        yield from map(_simulate_chunk, jobs)
-        return
-    # spawn: forking a process that holds threads of torch or arrow can hang.
-    # An executor, because it notices a worker that dies: Geant4 aborts where it misses a file.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(_simulate_chunk, jobs)
-        except BrokenProcessPool:
-            raise ValueError("a worker process died; its last message is above") from None
+    return run_jobs(_simulate_chunk, jobs(), workers, in_process=workers == 1 and engine == "parametrised")
 
 
 def _checked_energy(energy, num_showers: int):

@@ -7,13 +7,10 @@ nothing. No pile-up, clustering, dead channels or saturation.
 """
 
 import argparse
-import multiprocessing
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from tqdm import tqdm
 
 from hepzoo.data_scripts.shards import ShardWriter
 from hepzoo.data_scripts.tpc_schema import NOISE_MAX_PT, POINT_COLUMNS, TPC_FEATURES, pid_class
+from hepzoo.data_scripts.worker_processes import run_jobs
 
 __all__ = ["helix_crossings", "iter_events", "simulate_tpc"]
 
@@ -112,19 +110,7 @@ def iter_events(num_events: int, seed: int = 0, processes: int = 1) -> Iterator[
         (int(seed), chunk, min(CHUNK_EVENTS, num_events - start))
         for chunk, start in enumerate(range(0, num_events, CHUNK_EVENTS))
     ]
-    return _run_jobs(jobs, min(processes, len(jobs)))
-
-
-def _run_jobs(jobs, workers: int):
-    if workers == 1:
-        yield from map(_simulate_chunk, jobs)
-        return
-    # spawn: forking a process that holds threads of torch or arrow can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(_simulate_chunk, jobs)
-        except BrokenProcessPool:
-            raise ValueError("a worker process died; its last message is above") from None
+    return run_jobs(_simulate_chunk, jobs, min(processes, len(jobs)))
 
 
 def _check_packages() -> None:

@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_cross_entropy import chunked_linear_cross_entropy
 from .configuration_cmhca_dirc import CMHCADircConfig
+from .eager_attention import eager_attention_forward
 from .generation_multistream import MultiStreamGenerationMixin
 
 SQRT_HALF = math.sqrt(0.5)
@@ -133,24 +134,6 @@ class CMHCADircEmbeddings(nn.Module):
         return torch.stack(
             [linear(value.to(dtype).unsqueeze(-1)) for linear, value in zip(self.conditioning, scaled)], dim=1
         )
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
 def normalize(states: torch.Tensor) -> torch.Tensor:

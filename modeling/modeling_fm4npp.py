@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_fm4npp import Fm4nppConfig
+from .eager_attention import eager_attention_forward
 from .state_space import causal_conv1d, resolve_backend, selective_scan, state_space_dual
 
 # every class that a saved checkpoint can be opened with
@@ -335,25 +336,6 @@ class Fm4nppBlock(GradientCheckpointingLayer):
 
 
 # Parts of the heads
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of (batch, heads, length, head_dim) written out, with a mask to add to the scores."""
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class Fm4nppAttentionInput(nn.Linear):

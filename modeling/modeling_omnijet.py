@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_cross_entropy import chunked_linear_cross_entropy
 from .configuration_omnijet import OmniJetConfig
+from .eager_attention import eager_attention_forward
 from .generation_multistream import ForbiddenTokensLogitsProcessor, _keeps_rows, sample_from_scores
 from .growing_cache import GrowingLayer, growing_cache
 from .modeling_omnijet_vqvae import (
@@ -40,7 +41,6 @@ from .modeling_omnijet_vqvae import (
     OmniJetVQVAEModel,
     OmniJetVQVAENormFormerLayer,
     OmniJetVQVAETransformerLayer,
-    eager_attention_forward,
 )
 from .omnijet_hybrid import (
     OmniJetHybridBackbone,

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_omnilearned import OmniLearnedConfig
+from .eager_attention import eager_attention_forward
 from .flow_sampling import FlowMatchingGenerationMixin, FlowSample
 from .set_inputs import (
     check_finite,
@@ -223,25 +224,6 @@ def nearest_neighbors(
     others = is_real.sum(dim=1)[:, None, None] - 1
     is_neighbor = (torch.arange(count, device=is_real.device) < others) & is_real.unsqueeze(-1)
     return neighbors, is_neighbor
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, heads, length, size) each; `attention_mask` is added to the scores."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
 
 
 def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor | None:

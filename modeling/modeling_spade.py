@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chunked_cross_entropy import chunked_linear_cross_entropy
 from .configuration_spade import SpadeConfig
+from .eager_attention import eager_attention_forward
 from .generation_multistream import (
     NEVER,
     ForbiddenTokensLogitsProcessor,
@@ -212,24 +213,13 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, par
     return states * cos + states[..., partner] * sin
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
+def eager_shared_key_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    """`eager_attention_forward` of heads that share keys and values."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return eager_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 class SpadeAttention(nn.Module):
@@ -268,7 +258,7 @@ class SpadeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation, eager_shared_key_attention
         )
         attend = partial(
             attention_interface,
