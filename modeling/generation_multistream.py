@@ -238,7 +238,7 @@ def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
-    uniform = (1 - torch.rand(total.shape, dtype=total.dtype, device=total.device)) * total
+    uniform = torch.addcmul(total, total, torch.rand(total.shape, dtype=total.dtype, device=total.device), value=-1)
     return torch.searchsorted(cumulative, uniform).clamp_(max=probs.shape[-1] - 1), cumulative
 
 
@@ -249,8 +249,9 @@ def _check_drawn(totals: torch.Tensor, rows: torch.Tensor | None = None, batch_s
         rows: their numbers in the batch, if they are some of its rows.
         batch_size: if the rows are those of several batches behind each other.
     """
-    is_drawn = totals > 0
-    if not is_drawn.all():
+    # false for NaN as well
+    if not float(totals.min()) > 0:
+        is_drawn = totals > 0
         row = int((~is_drawn).nonzero()[0, 0])
         row = row if rows is None else int(rows[row])
         row = row if batch_size is None else row % batch_size
@@ -273,10 +274,10 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
     is_rarer = torch.lt(probs, drawn, out=torch.empty_like(probs))
     tail = torch.linalg.vecdot(is_rarer, probs).unsqueeze(-1) + drawn
     # far above the rounding of the sums; false for NaN
-    is_certain = tail > 1 - nucleus.top_p + 1e-4
+    least = 1 - nucleus.top_p + 1e-4
     ids = ids.squeeze(-1)
-    if not is_certain.all():
-        doubtful = (~is_certain).squeeze(-1).nonzero().squeeze(-1)
+    if not float(tail.min()) > least:
+        doubtful = (~(tail > least)).squeeze(-1).nonzero().squeeze(-1)
         _check_drawn(cumulative[doubtful, -1], rows=doubtful)
         cut = nucleus(None, scores[doubtful])
         redrawn = sample_from_scores(cut)
@@ -371,6 +372,7 @@ class MultiStreamGenerationMixin(GenerationMixin):
 
     A model may define `make_decoder(past_key_values, **model_kwargs)`, which returns a callable that does what
     `forward` does for one more position, with less bookkeeping: in a small network that costs more than the arithmetic.
+    Its output has `logits`, a tuple of (batch, vocab_k), and what `_choose_next` of the model looks at.
 
     The config provides `stream_bos_token_ids`, `stream_eos_token_ids` and `stream_pad_token_ids` (one per stream) and
     `num_conditioning_tokens`, the leading positions that hold continuous conditioning. `forward` returns `logits` as
@@ -624,20 +626,23 @@ class MultiStreamGenerationMixin(GenerationMixin):
                     input_ids, step_scores, logits_processor, outputs, generation_config, state
                 )
                 # a row that has finished is filled up
-                next_tokens = torch.where(unfinished, next_tokens, pad)
+                has_finished = num_unfinished < len(rows)
+                if has_finished:
+                    next_tokens = torch.where(unfinished, next_tokens, pad)
                 input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
                 for name, values in next_values.items():
-                    mask = unfinished.view(-1, *[1] * (values.ndim - 1))
-                    values = torch.where(mask, values, torch.zeros_like(values)).to(model_kwargs[name].dtype)
+                    if has_finished:
+                        mask = unfinished.view(-1, *[1] * (values.ndim - 1))
+                        values = torch.where(mask, values, torch.zeros_like(values))
+                    values = values.to(model_kwargs[name].dtype)
                     model_kwargs[name] = torch.cat([model_kwargs[name], values[:, None]], dim=1)
                 if streamer is not None:
                     streamer.put(next_tokens.cpu())
                 inputs = {name: model_kwargs[name] for name in self.stopping_inputs}
                 stopped = _stopped(stopping_criteria, input_ids, collected["scores"], state=state, **inputs)
-                stopped = stopped.unsqueeze(-1) & unfinished
-                if stopped.any():
-                    state.lengths = torch.where(stopped.squeeze(-1), input_ids.shape[1], state.lengths)
-                    unfinished = unfinished & ~stopped
+                if stopped is not None and bool((stopped & unfinished.squeeze(-1)).any()):
+                    state.lengths = torch.where(stopped & unfinished.squeeze(-1), input_ids.shape[1], state.lengths)
+                    unfinished = unfinished & ~stopped.unsqueeze(-1)
                     num_unfinished = int(unfinished.sum())
                     all_finished = num_unfinished == 0
                 outputs = None
@@ -698,6 +703,9 @@ class StreamState:
         end (`(batch,)`): index of the first hit that will not be produced, `NEVER` as long as it is unknown.
         pads (`(batch,)`): padded positions in front of the row.
         lengths (`(batch,)`): positions of the row, padding in front included, `NEVER` as long as it goes on.
+        num_before: positions in front of hit 0, padding excluded.
+        has_given_ends: whether `num_hits` was given, so that every end is known.
+        first_full_length: the position from which on every stream of every row has begun.
         votes, is_stopped (`(batch,)`): for a stopping criterion: how often in a row it said stop, whether it set `end`.
     """
 
@@ -710,7 +718,8 @@ class StreamState:
         attention_mask: torch.Tensor | None = None,
         num_hits: torch.LongTensor | None = None,
     ):
-        self.config = config
+        # read once, because the reading of a config costs as much as a small operation
+        self.num_before = config.num_conditioning_tokens + 1
         delays = getattr(config, "stream_delays", None) or (0,) * config.num_streams
         self.is_delayed = any(delays) or getattr(config, "max_stream_delay", 0) > 0
         device = input_ids.device
@@ -719,12 +728,14 @@ class StreamState:
         self.begin_ids = torch.tensor(config.stream_bos_token_ids, device=device)
         self.end_ids = torch.tensor(config.stream_eos_token_ids, device=device)
         self.end = torch.full(input_ids.shape[:1], NEVER, device=device) if num_hits is None else num_hits.clone()
+        self.has_given_ends = num_hits is not None
         self.lengths = torch.full_like(self.end, NEVER)
         self.votes = torch.zeros_like(self.end)
         self.is_stopped = torch.zeros_like(self.end, dtype=torch.bool)
         self.pads = torch.zeros_like(self.end)
         if attention_mask is not None and attention_mask.ndim == 2:
             self.pads = (attention_mask == 0).sum(dim=-1)
+        self.first_full_length = int(self.pads.max()) + self.num_before + self.max_delay
         if num_hits is not None:
             self._check_prompt(input_ids)
 
@@ -739,7 +750,7 @@ class StreamState:
 
     def first_hit(self, length: int | torch.LongTensor) -> torch.LongTensor:
         """Index of the hit that a stream without delay has at position `length`, (batch,)."""
-        return length - 1 - self.config.num_conditioning_tokens - self.pads
+        return length - self.num_before - self.pads
 
     def apply_delays(
         self, next_tokens: torch.LongTensor, length: int, eos_token_ids: torch.LongTensor | None
@@ -752,7 +763,8 @@ class StreamState:
         if eos_token_ids is not None:
             ends = torch.where((next_tokens == eos_token_ids) & (hit >= 0), hit, NEVER)
             self.end = torch.minimum(self.end, ends.amin(dim=-1))
-        next_tokens = torch.where(hit < 0, self.begin_ids, next_tokens)
+        if length < self.first_full_length:
+            next_tokens = torch.where(hit < 0, self.begin_ids, next_tokens)
         return torch.where(hit >= self.end.unsqueeze(-1), self.end_ids, next_tokens)
 
     def num_hits(self, length: int) -> torch.LongTensor:
@@ -768,8 +780,9 @@ class StreamState:
 
 
 def _last_position(logits: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """(batch, length, vocab) to float32 (batch, vocab)."""
-    logits = logits[:, -1]
+    """(batch, length, vocab), or (batch, vocab) of a decoder, to float32 (batch, vocab)."""
+    if logits.ndim == 3:
+        logits = logits[:, -1]
     if logits.dtype == torch.float32 and logits.device == device:
         # saves the library from looking at every argument, at every step
         return logits
@@ -778,14 +791,20 @@ def _last_position(logits: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _stopped(
     criteria: StoppingCriteriaList, input_ids: torch.LongTensor, scores: tuple | None, **kwargs
-) -> torch.BoolTensor:
-    """`criteria(input_ids, scores, **kwargs)`, (batch,), where the maximum length is a comparison of two integers."""
-    stopped = torch.zeros(input_ids.shape[:1], dtype=torch.bool, device=input_ids.device)
+) -> torch.BoolTensor | None:
+    """
+    `criteria(input_ids, scores, **kwargs)`, (batch,), where the maximum length is a comparison of two integers; `None`
+    if no criterion had anything to say.
+    """
+    stopped = None
     for criterion in criteria:
-        if type(criterion) is not MaxLengthCriteria:
-            stopped = stopped | criterion(input_ids, scores, **kwargs)
-        elif input_ids.shape[1] >= criterion.max_length:
-            stopped = torch.ones_like(stopped)
+        if type(criterion) is MaxLengthCriteria:
+            too_long = input_ids.shape[1] >= criterion.max_length
+            says_stop = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device) if too_long else None
+        else:
+            says_stop = criterion(input_ids, scores, **kwargs)
+        if says_stop is not None:
+            stopped = says_stop if stopped is None else stopped | says_stop
     return stopped
 
 

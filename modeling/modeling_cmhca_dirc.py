@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -753,6 +754,13 @@ class CMHCADircDecoder:
         self.time_position = base.embeddings.time_position.weight
         self.time_weight = base.embeddings.time.weight if config.time_prediction == "categorical" else None
         self.final_norm = self.norm_parameters(base.norm)
+        heads = [model.space_head]
+        if config.time_prediction == "categorical":
+            self.time_head = None
+            heads.append(model.time_head)
+        else:
+            self.time_head = model.time_head
+        self.heads = [(head.bias, head.weight.t()) for head in heads]
         self.layers = [CMHCADircDecoderLayer(self, index, layer) for index, layer in enumerate(base.layers)]
 
     def __call__(
@@ -761,7 +769,7 @@ class CMHCADircDecoder:
         class_ids: torch.LongTensor | None = None,
         times: torch.FloatTensor | None = None,
         **kwargs,
-    ) -> CMHCADircCausalLMOutput:
+    ) -> SimpleNamespace:
         """Takes the last ids of every row, (batch, 1, streams); the kinematics are in the cache already."""
         position = self.cache.get_seq_length() - self.num_conditioning_tokens
         hidden_states = torch.embedding(self.space_weight, input_ids[:, 0, 0]) + self.space_position[position]
@@ -773,8 +781,10 @@ class CMHCADircDecoder:
         for layer in self.layers:
             hidden_states = layer(hidden_states, time_states, class_ids)
         hidden_states = torch.layer_norm(hidden_states, *self.final_norm)
-        logits, predicted_times = self.model._predict(hidden_states.unsqueeze(1))
-        return CMHCADircCausalLMOutput(logits=logits, predicted_times=predicted_times, past_key_values=self.cache)
+        logits = tuple(torch.addmm(bias, hidden_states, weight) for bias, weight in self.heads)
+        predicted_times = None if self.time_head is None else self.time_head(hidden_states.unsqueeze(1))
+        # an output of the library takes as long to make as a small matrix product
+        return SimpleNamespace(logits=logits, predicted_times=predicted_times)
 
     def norm_parameters(self, norm: nn.LayerNorm) -> tuple:
         """What `torch.layer_norm` takes after its input."""

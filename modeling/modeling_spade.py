@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -846,10 +847,13 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
         next_tokens, next_values = super()._choose_next(
             input_ids, step_scores, logits_processor, outputs, generation_config, state
         )
-        mixture = tuple(values[:, -1].float() for values in outputs.energy_mixture)
-        energy = self._choose_energy(mixture, generation_config)
-        hit = state.first_hit(input_ids.shape[1]) - self.config.energy_delay
-        next_values["hit_energy"] = torch.where(hit < 0, 0.0, energy)
+        # (batch, length, components), or (batch, components) of a decoder
+        mixture = tuple(values[:, -1] if values.ndim == 3 else values for values in outputs.energy_mixture)
+        energy = self._choose_energy(tuple(values.float() for values in mixture), generation_config)
+        length = input_ids.shape[1]
+        if length < state.first_full_length:
+            energy = torch.where(state.first_hit(length) < self.config.energy_delay, 0.0, energy)
+        next_values["hit_energy"] = energy
         return next_tokens, next_values
 
     def _choose_energy(self, mixture: tuple[torch.Tensor, ...], generation_config) -> torch.Tensor:
@@ -859,7 +863,8 @@ class SpadeForCausalLM(SpadePreTrainedModel, MultiStreamGenerationMixin):
             temperature = setting(generation_config, "energy_temperature")
             if not temperature > 0:
                 raise ValueError(f"`energy_temperature` is {temperature}, expected a number above 0")
-            probabilities = (logits / temperature).softmax(dim=-1)
+            logits = logits if temperature == 1 else logits / temperature
+            probabilities = logits.softmax(dim=-1)
             # `torch.multinomial` and `torch.normal` without their checks: of exponential waiting times, each divided
             # by its probability, the first
             component = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1, keepdim=True)
@@ -909,7 +914,7 @@ class LastHitCriteria(StoppingCriteria):
         self.max_delay = max_delay
 
     def __call__(self, input_ids: torch.LongTensor, scores, state=None, **kwargs) -> torch.BoolTensor:
-        return state.first_hit(input_ids.shape[1] - 1) - self.max_delay >= state.end - 1
+        return state.first_hit(input_ids.shape[1] - 1) >= state.end + (self.max_delay - 1)
 
 
 class PhysicsStopCriteria(StoppingCriteria):
@@ -930,12 +935,14 @@ class PhysicsStopCriteria(StoppingCriteria):
 
     def __call__(
         self, input_ids: torch.LongTensor, scores, state=None, hit_energy=None, incident_energy=None, **kwargs
-    ) -> torch.BoolTensor:
+    ) -> torch.BoolTensor | None:
+        if state.has_given_ends:
+            return None
         config = self.model.config
         undecided = state.end == NEVER
         length = input_ids.shape[1]
-        hit = state.first_hit(length - 1) - config.energy_delay - int(self.is_published)
-        may_stop = undecided & (hit >= self.min_hits) & (hit >= 0)
+        hit = state.first_hit(length - 1) - (config.energy_delay + int(self.is_published))
+        may_stop = undecided & (hit >= max(self.min_hits, 0))
         if bool(may_stop.any()):
             # positions of the streams of that hit
             begin = (state.pads + config.num_registers + 1 + hit).clamp(min=0).unsqueeze(-1)
@@ -1020,7 +1027,7 @@ def mask_earlier_layers(
     Logits of the next layer without the layers in front of the current one.
 
     Args:
-        logits (`(batch, length, vocab)`), current (`(batch, length)`): ids of the same stream at the same positions.
+        logits (`(..., vocab)`), current (`(...)`): ids of the same stream at the same positions.
     """
     if config.axis_mode == "split" and stream != 2:
         return logits
@@ -1044,13 +1051,19 @@ class SpadeDecoder:
 
     def __init__(self, model: SpadeForCausalLM, past_key_values: Cache, incident_energy: torch.Tensor):
         self.model = model
-        self.config = config = model.config
+        # a config is read once here, because that costs as much as a small operation
+        config = model.config
+        self.is_split = config.axis_mode == "split"
+        self.is_layer_monotonic = config.layer_monotonic
+        self.mixture_components = config.mixture_components
+        self.energy_limits = config.energy_min, config.energy_max
+        self.log_scale_limits = config.log_scale_min, config.log_scale_max
         self.cache = past_key_values
         embeddings = model.model.embeddings
         widths = [token.embedding_dim for token in embeddings.tokens] + [config.feature_size, config.feature_size]
         *token_weights, energy_weight, incident_weight = embeddings.projection.weight.split(widths, dim=1)
         heads = [model.energy_head.fc1]
-        if config.axis_mode == "split":
+        if self.is_split:
             # few ids: their part of the projection once for all, the tables of all streams below each other
             tables = [
                 nn.functional.linear(norm(token.weight), weight)
@@ -1089,22 +1102,23 @@ class SpadeDecoder:
             self.rotary_table = tuple(table[0, 0] for table in tables)
         return self.rotary_table[0][position], self.rotary_table[1][position]
 
-    def __call__(self, input_ids: torch.LongTensor, hit_energy: torch.Tensor, **kwargs) -> SpadeCausalLMOutput:
+    def __call__(self, input_ids: torch.LongTensor, hit_energy: torch.Tensor, **kwargs) -> SimpleNamespace:
         """Takes the last ids of every row, (batch, 1, streams), and all energies, (batch, length)."""
         hidden_states = self.embed(input_ids[:, 0], hit_energy[:, -1:])
         cos, sin = self.rotary(self.cache.get_seq_length())
         for layer in self.layers:
             hidden_states = layer(hidden_states, cos, sin, self.partner)
         logits, energy_mixture = self.predict(self.final_norm(hidden_states), input_ids)
-        return SpadeCausalLMOutput(logits=logits, energy_mixture=energy_mixture, past_key_values=self.cache)
+        # an output of the library takes as long to make as a small matrix product
+        return SimpleNamespace(logits=logits, energy_mixture=energy_mixture)
 
     def embed(self, input_ids: torch.LongTensor, last_energy: torch.Tensor) -> torch.Tensor:
         """Ids (batch, streams) and energies (batch, 1) to (batch, hidden_size)."""
-        last_energy = last_energy.to(self.constant.dtype).clamp(self.config.energy_min, self.config.energy_max)
+        last_energy = last_energy.to(self.constant.dtype).clamp(*self.energy_limits)
         bias, weight = self.energy_fc1
         features = nn.functional.silu(torch.addmm(bias, last_energy, weight))
         hidden_states = torch.addmm(self.constant, features, self.energy_weight)
-        if self.config.axis_mode == "split":
+        if self.is_split:
             return hidden_states + torch.embedding(self.table, input_ids + self.offsets).sum(dim=1)
         embedded = torch.embedding(self.model.model.embeddings.tokens[0].weight, input_ids[:, 0])
         return torch.addmm(hidden_states, embedded, self.token_weight)
@@ -1112,15 +1126,18 @@ class SpadeDecoder:
     def predict(self, hidden_states: torch.Tensor, input_ids: torch.LongTensor):
         """As `SpadeForCausalLM._predict` for hidden states (batch, hidden_size)."""
         weight, bias = self.heads
-        *logits, features = torch.addmm(bias, hidden_states, weight).unsqueeze(1).split(self.head_sizes, dim=-1)
-        if self.config.axis_mode != "split":
-            logits = [self.model.token_heads[0](hidden_states).unsqueeze(1)]
+        *logits, features = torch.addmm(bias, hidden_states, weight).split(self.head_sizes, dim=-1)
+        if not self.is_split:
+            logits = [self.model.token_heads[0](hidden_states)]
         fc2_bias, fc2_weight = self.energy_head
-        features = torch.relu(torch.addmm(fc2_bias, torch.relu(features.squeeze(1)), fc2_weight))
+        features = torch.relu(torch.addmm(fc2_bias, torch.relu(features), fc2_weight))
         weight, bias = self.mixture
-        weights, means, log_scales = torch.addmm(bias, features, weight).unsqueeze(1).chunk(3, dim=-1)
-        log_scales = log_scales.clamp(self.config.log_scale_min, self.config.log_scale_max)
-        return self.model._mask_layers(tuple(logits), input_ids), (weights, means, log_scales)
+        mixture = torch.addmm(bias, features, weight)
+        weights, means, log_scales = mixture.split(self.mixture_components, dim=-1)
+        log_scales = log_scales.clamp(*self.log_scale_limits)
+        if self.is_layer_monotonic:
+            logits = self.model._mask_layers(tuple(logits), input_ids[:, 0])
+        return tuple(logits), (weights, means, log_scales)
 
 
 class SpadeDecoderLayer:
@@ -1132,16 +1149,18 @@ class SpadeDecoderLayer:
         self.head_dim = attention.head_dim
         self.num_heads = attention.q_proj.out_features // self.head_dim
         self.num_keys = attention.k_proj.out_features // self.head_dim
-        weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        # the scale of the scores is in the queries
+        query_weight = attention.q_proj.weight * self.head_dim**-0.5
+        weights = [query_weight, attention.k_proj.weight, attention.v_proj.weight]
         self.qkv_weight = torch.cat(weights).t()
         self.out_weight = attention.o_proj.weight.t()
         self.gate_up_weight, self.gate_up_bias = merge_linears([mlp.gate_proj, mlp.up_proj])
         self.down_weight, self.down_bias = mlp.down_proj.weight.t(), mlp.down_proj.bias
-        self.activation = mlp.act_fn
+        self.gate_size = mlp.gate_proj.out_features
+        # the call of a module costs more than this function
+        self.activation = nn.functional.silu if isinstance(mlp.act_fn, nn.SiLU) else mlp.act_fn
         self.attention_norm = norm_function(layer.attention_norm)
         self.mlp_norm = None if layer.parallel_residual else norm_function(layer.mlp_norm)
-        # in front of a matrix product that does not look at it
-        self.nothing = self.out_weight.new_zeros(())
 
     def __call__(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.LongTensor
@@ -1151,7 +1170,7 @@ class SpadeDecoderLayer:
         hidden_states = torch.addmm(hidden_states, self.attend(normed, cos, sin, partner), self.out_weight)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(hidden_states)
-        gate, up = torch.addmm(self.gate_up_bias, normed, self.gate_up_weight).chunk(2, dim=-1)
+        gate, up = torch.addmm(self.gate_up_bias, normed, self.gate_up_weight).split(self.gate_size, dim=-1)
         return torch.addmm(hidden_states + self.down_bias, self.activation(gate) * up, self.down_weight)
 
     def attend(self, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.LongTensor):
@@ -1165,7 +1184,7 @@ class SpadeDecoderLayer:
         # products are faster than the fused kernel
         query = query.reshape(len(normed) * self.num_keys, -1, self.head_dim)
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        scores = torch.baddbmm(self.nothing, query, keys.transpose(1, 2), beta=0, alpha=self.head_dim**-0.5)
+        scores = torch.bmm(query, keys.transpose(1, 2))
         return torch.bmm(scores.softmax(dim=-1), values).view(normed.shape)
 
 

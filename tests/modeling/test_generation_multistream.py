@@ -480,7 +480,7 @@ def steps_of(model, steps: int = 6, **kwargs):
         ({"top_p": 0.8, "min_p": 0.05}, lambda scores, logits: (
             scores.softmax(-1).amin(-1) >= 0).all()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "check",
 )  # fmt: skip
 def test_generation_config_reaches_both_streams(model, kwargs, check):
     _, scores, logits = steps_of(model, do_sample=True, **kwargs)
