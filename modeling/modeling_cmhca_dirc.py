@@ -840,7 +840,7 @@ class CMHCADircDecoderLayer:
         if self.time_norm is not None:
             query = torch.mm(torch.layer_norm(time_states, *self.time_norm), self.query_weight)
             states = torch.cat([query, states], dim=1)
-        query_key, value = states.view(len(states), 3, -1, self.head_dim).split((2, 1), dim=1)
+        query_key, value = states.view(len(states), 3, -1, self.head_dim).split_with_sizes((2, 1), dim=1)
         if self.qk_norm:
             query_key = normalize(query_key)
         query, key = query_key.unbind(1)

@@ -1055,7 +1055,7 @@ class SpadeDecoder:
         config = model.config
         self.is_split = config.axis_mode == "split"
         self.is_layer_monotonic = config.layer_monotonic
-        self.mixture_components = config.mixture_components
+        self.mixture_sizes = [config.mixture_components] * 3
         self.energy_limits = config.energy_min, config.energy_max
         self.log_scale_limits = config.log_scale_min, config.log_scale_max
         self.cache = past_key_values
@@ -1084,7 +1084,8 @@ class SpadeDecoder:
             + nn.functional.linear(energy.fc2.bias, energy_weight)
         )
         self.layers = [
-            SpadeDecoderLayer(layer, past_key_values.layers[index]) for index, layer in enumerate(model.model.layers)
+            SpadeDecoderLayer(layer, past_key_values.layers[index], config.hidden_act)
+            for index, layer in enumerate(model.model.layers)
         ]
         self.final_norm = norm_function(model.model.norm)
         self.head_sizes = [head.out_features for head in heads]
@@ -1126,14 +1127,14 @@ class SpadeDecoder:
     def predict(self, hidden_states: torch.Tensor, input_ids: torch.LongTensor):
         """As `SpadeForCausalLM._predict` for hidden states (batch, hidden_size)."""
         weight, bias = self.heads
-        *logits, features = torch.addmm(bias, hidden_states, weight).split(self.head_sizes, dim=-1)
+        *logits, features = torch.addmm(bias, hidden_states, weight).split_with_sizes(self.head_sizes, dim=-1)
         if not self.is_split:
             logits = [self.model.token_heads[0](hidden_states)]
         fc2_bias, fc2_weight = self.energy_head
         features = torch.relu(torch.addmm(fc2_bias, torch.relu(features), fc2_weight))
         weight, bias = self.mixture
         mixture = torch.addmm(bias, features, weight)
-        weights, means, log_scales = mixture.split(self.mixture_components, dim=-1)
+        weights, means, log_scales = mixture.split_with_sizes(self.mixture_sizes, dim=-1)
         log_scales = log_scales.clamp(*self.log_scale_limits)
         if self.is_layer_monotonic:
             logits = self.model._mask_layers(tuple(logits), input_ids[:, 0])
@@ -1143,12 +1144,15 @@ class SpadeDecoder:
 class SpadeDecoderLayer:
     """[`SpadeLayer`] of a [`SpadeDecoder`]."""
 
-    def __init__(self, layer: SpadeLayer, cache_layer: GrowingLayer):
+    def __init__(self, layer: SpadeLayer, cache_layer: GrowingLayer, hidden_act: str):
         self.cache = cache_layer
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim = attention.head_dim
-        self.num_heads = attention.q_proj.out_features // self.head_dim
+        num_heads = attention.q_proj.out_features // self.head_dim
         self.num_keys = attention.k_proj.out_features // self.head_dim
+        # (`split_with_sizes` is called as it is, `split` through Python)
+        self.head_counts = [num_heads, self.num_keys]
+        self.rotated_sizes = [num_heads + self.num_keys, self.num_keys]
         # the scale of the scores is in the queries
         query_weight = attention.q_proj.weight * self.head_dim**-0.5
         weights = [query_weight, attention.k_proj.weight, attention.v_proj.weight]
@@ -1156,9 +1160,9 @@ class SpadeDecoderLayer:
         self.out_weight = attention.o_proj.weight.t()
         self.gate_up_weight, self.gate_up_bias = merge_linears([mlp.gate_proj, mlp.up_proj])
         self.down_weight, self.down_bias = mlp.down_proj.weight.t(), mlp.down_proj.bias
-        self.gate_size = mlp.gate_proj.out_features
+        self.gate_up_sizes = [mlp.gate_proj.out_features, mlp.up_proj.out_features]
         # the call of a module costs more than this function
-        self.activation = nn.functional.silu if isinstance(mlp.act_fn, nn.SiLU) else mlp.act_fn
+        self.activation = nn.functional.silu if hidden_act == "silu" else mlp.act_fn
         self.attention_norm = norm_function(layer.attention_norm)
         self.mlp_norm = None if layer.parallel_residual else norm_function(layer.mlp_norm)
 
@@ -1170,15 +1174,16 @@ class SpadeDecoderLayer:
         hidden_states = torch.addmm(hidden_states, self.attend(normed, cos, sin, partner), self.out_weight)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(hidden_states)
-        gate, up = torch.addmm(self.gate_up_bias, normed, self.gate_up_weight).split(self.gate_size, dim=-1)
+        gate_up = torch.addmm(self.gate_up_bias, normed, self.gate_up_weight)
+        gate, up = gate_up.split_with_sizes(self.gate_up_sizes, dim=-1)
         return torch.addmm(hidden_states + self.down_bias, self.activation(gate) * up, self.down_weight)
 
     def attend(self, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, partner: torch.LongTensor):
         # query, key and value heads: (batch, heads + 2 * key heads, head_dim)
         states = torch.mm(normed, self.qkv_weight).view(len(normed), -1, self.head_dim)
-        rotated, value = states.split((self.num_heads + self.num_keys, self.num_keys), dim=1)
+        rotated, value = states.split_with_sizes(self.rotated_sizes, dim=1)
         rotated = torch.addcmul(rotated * cos, rotated.index_select(-1, partner), sin)
-        query, key = rotated.split((self.num_heads, self.num_keys), dim=1)
+        query, key = rotated.split_with_sizes(self.head_counts, dim=1)
         keys, values = self.cache.update(key.unsqueeze(2), value.unsqueeze(2))
         # the heads that share a key are the rows of one product: nothing is repeated, and for so few rows two small
         # products are faster than the fused kernel
