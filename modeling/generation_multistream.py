@@ -213,7 +213,8 @@ def sample_from_scores(scores: torch.Tensor, batch_size: int | None = None) -> t
     Raises:
         ValueError: naming the row, if it holds NaN or +inf, or no token is possible.
     """
-    ids, cumulative = _draw(scores.softmax(dim=-1))
+    cumulative = scores.softmax(dim=-1).cumsum_(dim=-1)
+    ids = _draw(cumulative)
     _check_drawn(cumulative[:, -1], batch_size=batch_size)
     return ids.squeeze(-1)
 
@@ -233,13 +234,12 @@ def best_from_scores(scores: torch.Tensor) -> torch.Tensor:
     return ids.squeeze(-1)
 
 
-def _draw(probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, (batch, 1), and the cumulative distribution. Where that is NaN, an id means nothing: see `_check_drawn`."""
-    cumulative = probs.cumsum(dim=-1)
+def _draw(cumulative: torch.Tensor) -> torch.LongTensor:
+    """Ids, (batch, 1), from the cumulative distribution. Where that is NaN, an id means nothing: see `_check_drawn`."""
     total = cumulative[:, -1:]
     # in (0, total]: the first id whose cumulative reaches the draw never has probability zero
     uniform = torch.addcmul(total, total, torch.rand(total.shape, dtype=total.dtype, device=total.device), value=-1)
-    return torch.searchsorted(cumulative, uniform).clamp_(max=probs.shape[-1] - 1), cumulative
+    return torch.searchsorted(cumulative, uniform).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _check_drawn(totals: torch.Tensor, rows: torch.Tensor | None = None, batch_size: int | None = None):
@@ -268,7 +268,8 @@ def sample_from_nucleus(scores: torch.Tensor, nucleus: NucleusLogitsWarper) -> t
     gives the nucleus' distribution.
     """
     probs = scores.softmax(dim=-1)
-    ids, cumulative = _draw(probs)
+    cumulative = probs.cumsum(dim=-1)
+    ids = _draw(cumulative)
     drawn = probs.gather(-1, ids)
     totals = cumulative[:, -1].clone()
     # the comparison as numbers, not booleans: then both operations are vectorised, an eighth of the time of a mask; in
