@@ -241,6 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("photons", "support_photons", "test_tracks", "max_tracks"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name in ("momentum_window", "theta_window"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     try:
         plotter = _Plotter(args)
         for kind in dict.fromkeys(args.kind):

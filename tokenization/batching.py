@@ -10,6 +10,8 @@ from transformers import BatchEncoding
 from .records_dirc import short_repr, to_numpy
 
 IGNORE_INDEX = -100
+# Nothing real is near; a larger vocabulary would only fill the memory, as tokenizers list theirs.
+MAX_VOCAB_SIZE = 2**24
 
 
 def padding_strategy(padding: bool | str | None) -> str | None:
@@ -30,6 +32,24 @@ def check_integer(name: str, value: Any, lowest: int, highest: int | None = None
         expected = f"an integer of at least {lowest}" if highest is None else f"an integer in {lowest}..{highest}"
         raise ValueError(f"{name} must be {expected}, got {value!r}")
     return int(value)
+
+
+def check_integers(name: str, values: Any, lowest: int, highest: int | None = None) -> list[int]:
+    """`values` as a list of int, or a ValueError that names the argument."""
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} must be a list of integers, got {values!r}")
+    return [check_integer(name, value, lowest, highest) for value in values]
+
+
+def check_known(arguments: Mapping[str, Any], known: Sequence[str]):
+    """Refuses keyword arguments that nothing reads; None, which transformers passes for what is not set, is none."""
+    for name, value in arguments.items():
+        if value is not None and name not in known:
+            raise ValueError(f"unknown argument {name!r}")
+
+
+# Arguments of transformers' `batch_decode` that mean nothing for physics quantities.
+DECODING_SWITCHES = ("skip_special_tokens", "clean_up_tokenization_spaces")
 
 
 def check_side(side: str) -> str:

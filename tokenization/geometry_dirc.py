@@ -4,10 +4,14 @@ The defaults are the ePIC high-performance DIRC as modelled by FM4DIRC (arXiv 25
 pixels of 3.3125 mm. All lengths are in mm, measured from one corner of the plane.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 
 import numpy as np
+
+# Nothing real is near; tables of all pixels are held in memory.
+MAX_CHANNELS = 2**22
 
 
 def _checked_ids(values: "np.typing.ArrayLike", name: str, upper: int) -> np.ndarray:
@@ -60,6 +64,10 @@ class DircGeometry:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"geometry: `{name}` must be a positive integer, got {value!r}")
             object.__setattr__(self, name, int(value))
+        if self.num_channels * self.num_boxes > MAX_CHANNELS:
+            raise ValueError(
+                f"geometry: {self.num_channels * self.num_boxes:,} pixels, expected at most {MAX_CHANNELS:,}"
+            )
         for name, lowest in (("pixel_width", None), ("pixel_height", None), ("gap_x", 0), ("gap_y", 0), ("border", 0)):
             value = getattr(self, name)
             good = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
@@ -183,6 +191,8 @@ class DircGeometry:
         Raises:
             ValueError: an unknown field or an impossible value.
         """
+        if not isinstance(values, (Mapping, type(None))):
+            raise ValueError(f"geometry must be a dict of its fields, got {values!r}")
         values = dict(values or {})
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:

@@ -13,6 +13,7 @@ Time ids:  0 SOS, 1..B time bins,     `time_vocab_size - 2` EOS,  `time_vocab_si
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
 
 from .batching import (
+    DECODING_SWITCHES,
     IGNORE_INDEX,
+    MAX_VOCAB_SIZE,
     as_tensors,
     check_integer,
+    check_integers,
+    check_known,
     check_side,
     flatten_floats,
     flatten_ids,
@@ -105,6 +110,9 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         self.detector = DircGeometry.from_dict(geometry)
         # Attributes named like init keywords are what save_pretrained writes: plain JSON values only.
         self.geometry = self.detector.to_dict()
+        for name, value in (("time_min", time_min), ("time_max", time_max), ("time_resolution", time_resolution)):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number of ns, got {value!r}")
         self.time_min, self.time_max = float(time_min), float(time_max)
         self.time_resolution = float(time_resolution)
         if not (np.isfinite([self.time_min, self.time_max]).all() and self.time_min < self.time_max):
@@ -112,29 +120,38 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         if not (np.isfinite(self.time_resolution) and 0 < self.time_resolution <= self.time_max - self.time_min):
             raise ValueError(f"time_resolution must be positive and within the time range, got {time_resolution} ns")
         num_active = len(self.detector.active_channels)
-        self.space_vocab_size = int(space_vocab_size) if space_vocab_size is not None else num_active + 3
+        if space_vocab_size is None:
+            space_vocab_size = num_active + 3
+        self.space_vocab_size = check_integer("space_vocab_size", space_vocab_size, 1, MAX_VOCAB_SIZE)
         if self.space_vocab_size < num_active + 3:
             raise ValueError(
                 f"space_vocab_size must be at least {num_active + 3} ({num_active} active pixels + SOS, EOS, pad), "
                 f"got {space_vocab_size}"
             )
-        self.time_vocab_size = int(time_vocab_size)
+        self.time_vocab_size = check_integer("time_vocab_size", time_vocab_size, 1, MAX_VOCAB_SIZE)
         if self.time_vocab_size < self.num_time_bins + 3:
             raise ValueError(
                 f"time_vocab_size must be at least {self.num_time_bins + 3} ({self.num_time_bins} bins + SOS, EOS, "
                 f"pad), got {time_vocab_size}"
             )
+        if isinstance(conditioning_names, str) or len(set(conditioning_names)) != len(conditioning_names):
+            raise ValueError(f"conditioning_names must be a list of different names, got {conditioning_names!r}")
         self.conditioning_names = [str(name) for name in conditioning_names]
-        self.conditioning_ranges = [[float(low), float(high)] for low, high in conditioning_ranges]
+        try:
+            self.conditioning_ranges = [[float(low), float(high)] for low, high in conditioning_ranges]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"conditioning_ranges must be a list of pairs (min, max), got {conditioning_ranges!r}"
+            ) from None
         if len(self.conditioning_names) != len(self.conditioning_ranges):
             raise ValueError(
                 f"conditioning_names has {len(self.conditioning_names)} entries, "
                 f"conditioning_ranges has {len(self.conditioning_ranges)}"
             )
         for name, (low, high) in zip(self.conditioning_names, self.conditioning_ranges, strict=True):
-            if not low < high:
+            if not (low < high and np.isfinite([low, high]).all()):
                 raise ValueError(f"conditioning_ranges: {name} needs min < max, got ({low}, {high})")
-        self.class_pdg = [abs(int(code)) for code in class_pdg]
+        self.class_pdg = [abs(code) for code in check_integers("class_pdg", class_pdg, -(10**10), 10**10)]
         if len(set(self.class_pdg)) != len(self.class_pdg):
             raise ValueError(f"class_pdg must not repeat a code, got {list(class_pdg)}")
         if time_encoding not in ("categorical", "regression"):
@@ -142,11 +159,12 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         self.time_encoding = time_encoding
         self.legacy_time_decoding = bool(legacy_time_decoding)
         self.legacy_time_sentinels = bool(legacy_time_sentinels)
-        self.stream_delays = [check_integer("stream_delays", value, 0) for value in stream_delays]
+        self.stream_delays = check_integers("stream_delays", stream_delays, 0)
         if len(self.stream_delays) != 2 or any(self.stream_delays) and time_encoding == "regression":
             raise ValueError(
                 f"stream_delays must be the delays of space and time, 0 in regression mode, got {list(stream_delays)}"
             )
+        model_max_length = check_integer("model_max_length", model_max_length, self._shortest)
         self.dropped: Counter = Counter()
 
         kwargs.update(bos_token="<sos>", eos_token="<eos>", pad_token="<pad>")
@@ -383,17 +401,12 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: one line that names row, field, value and what was expected.
         """
-        for name, value in kwargs.items():
-            if value is not None and name != "verbose":
-                raise ValueError(f"unknown argument {name!r}")
+        check_known(kwargs, ["verbose"])
         if on_invalid not in ("error", "drop_hits", "drop_tracks"):
             raise ValueError(f"on_invalid must be 'error', 'drop_hits' or 'drop_tracks', got {on_invalid!r}")
         strategy = padding_strategy(padding)
         truncate = truncation not in (False, None, "do_not_truncate")
-        limit = self.model_max_length if max_length is None else int(max_length)
-        shortest = 3 + max(self.stream_delays)
-        if limit < shortest:
-            raise ValueError(f"max_length must be at least {shortest} (SOS, one hit, EOS), got {max_length}")
+        limit = self._limit(max_length)
         if return_hit_labels and any(self.stream_delays):
             raise ValueError("return_hit_labels needs stream_delays 0: with delays, labels are the next tokens")
 
@@ -417,6 +430,14 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         elif strategy is None:
             data = {name: list(values) if name == "kinematics" else values for name, values in data.items()}
         return BatchEncoding(data)
+
+    @property
+    def _shortest(self) -> int:
+        """SOS, one hit, EOS, and what the latest stream stands behind."""
+        return 3 + max(self.stream_delays)
+
+    def _limit(self, max_length: int | None) -> int:
+        return self.model_max_length if max_length is None else check_integer("max_length", max_length, self._shortest)
 
     def encode(self, rows: Any, **kwargs) -> Any:
         """`input_ids` of `__call__`."""
@@ -716,7 +737,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: a feature is missing, of the wrong shape, or longer than `max_length`.
         """
-        limit = self.model_max_length if max_length is None else int(max_length)
+        limit = self.model_max_length if max_length is None else check_integer("max_length", max_length, 1)
         return pad_features(
             encoded_inputs,
             pad_ids=self._pad_ids,
@@ -770,6 +791,7 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: shapes disagree, or an id is outside its vocabulary.
         """
+        check_known(kwargs, DECODING_SWITCHES)
         flat, lengths = flatten_ids(sequences, self.stream_vocab_sizes, self.stream_names)
         count = len(lengths)
         owner = np.repeat(np.arange(count), lengths)
@@ -872,7 +894,12 @@ class CMHCADircTokenizer(PreTrainedTokenizer):
         if class_ids is not None:
             if pdg is not None:
                 raise ValueError("give either pdg or class_ids, not both")
-            classes = np.broadcast_to(to_numpy(class_ids), (count,))
+            classes = to_numpy(class_ids)
+            if classes.shape not in ((), (count,)) or classes.size and classes.dtype.kind not in "iu":
+                raise ValueError(
+                    f"class_ids must be one integer or {count} of them, got {classes.dtype} of shape {classes.shape}"
+                )
+            classes = np.broadcast_to(classes, (count,))
             if classes.size and (classes.min() < 0 or classes.max() >= len(self.class_pdg)):
                 raise ValueError(f"class_ids must be in 0..{len(self.class_pdg) - 1}, got {short_repr(class_ids)}")
             pdg = np.asarray(self.class_pdg)[classes.astype(np.int64)]

@@ -22,8 +22,12 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.utils import logging
 
 from .batching import (
+    DECODING_SWITCHES,
+    MAX_VOCAB_SIZE,
     as_tensors,
     check_integer,
+    check_integers,
+    check_known,
     check_side,
     flatten_floats,
     flatten_ids,
@@ -100,7 +104,7 @@ class SpadeTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         # Attributes named like init keywords are what save_pretrained writes: plain JSON values only.
-        self.nbins = [check_integer("nbins", value, 1, np.iinfo(np.int16).max) for value in nbins]
+        self.nbins = check_integers("nbins", nbins, 1, np.iinfo(np.int16).max)
         if len(self.nbins) != len(AXES):
             raise ValueError(f"nbins must have one entry for each of x, y, z, got {list(nbins)}")
         if axis_mode not in ("split", "combined"):
@@ -108,14 +112,16 @@ class SpadeTokenizer(PreTrainedTokenizer):
         if sorting not in SORTINGS:
             raise ValueError(f"sorting must be one of {', '.join(SORTINGS)}, got {sorting!r}")
         self.axis_mode, self.sorting = axis_mode, sorting
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"nbins {self.nbins} are {self.vocab_size - 2:,} cells, too many for one vocabulary")
         self.num_registers = check_integer("num_registers", num_registers, 0)
         self.seed = check_integer("seed", seed, 0)
         self.energy_transform = _check_transform(energy_transform)
-        self.energy_threshold = float(energy_threshold)
-        if not (np.isfinite(self.energy_threshold) and self.energy_threshold >= 0):
+        if not isinstance(energy_threshold, Real) or not (np.isfinite(energy_threshold) and energy_threshold >= 0):
             raise ValueError(f"energy_threshold must be 0 or a positive energy in MeV, got {energy_threshold}")
+        self.energy_threshold = float(energy_threshold)
         delays = stream_delays if stream_delays is not None else ((1, 2, 0) if axis_mode == "split" else (0,))
-        self.stream_delays = [check_integer("stream_delays", value, 0) for value in delays]
+        self.stream_delays = check_integers("stream_delays", delays, 0)
         if len(self.stream_delays) != self.num_streams:
             raise ValueError(
                 f"stream_delays must have one entry for each of {', '.join(self.stream_names)}, got {list(delays)}"
@@ -342,9 +348,7 @@ class SpadeTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: one line that names row, field, value and what was expected.
         """
-        for name, value in kwargs.items():
-            if value is not None and name != "verbose":
-                raise ValueError(f"unknown argument {name!r}")
+        check_known(kwargs, ["verbose"])
         if on_invalid not in ("error", "drop_hits", "drop_showers"):
             raise ValueError(f"on_invalid must be 'error', 'drop_hits' or 'drop_showers', got {on_invalid!r}")
         strategy = padding_strategy(padding)
@@ -594,6 +598,7 @@ class SpadeTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: shapes disagree, an id is outside its vocabulary, or an energy is not finite.
         """
+        check_known(kwargs, DECODING_SWITCHES)
         if hasattr(sequences, "sequences"):
             output, sequences = sequences, sequences.sequences
             hit_energy = output.continuous["hit_energy"] if hit_energy is None else hit_energy
@@ -671,8 +676,13 @@ def _to_float32(values: np.ndarray) -> np.ndarray:
 
 
 def _check_transform(transform: Mapping[str, Any] | None) -> dict[str, Any]:
-    transform = {"log": True, "subtract": -1.5, "multiply": 0.91} if transform is None else dict(transform)
-    if set(transform) != {"log", "subtract", "multiply"} or not isinstance(transform["log"], bool):
+    if transform is None:
+        transform = {"log": True, "subtract": -1.5, "multiply": 0.91}
+    if (
+        not isinstance(transform, Mapping)
+        or set(transform) != {"log", "subtract", "multiply"}
+        or not isinstance(transform["log"], bool)
+    ):
         raise ValueError(f"energy_transform must have log (bool), subtract and multiply, got {transform}")
     for name in ("subtract", "multiply"):
         value = transform[name]

@@ -100,6 +100,27 @@ def sampling_kwargs(arguments: argparse.Namespace, model) -> dict[str, Any]:
     return {**kwargs, "logits_processor": processors}
 
 
+def check_tokenizer(path: str, tokenizer, config):
+    """Ids and kinematics mean the same to both, or a ValueError: a default tokenizer would decode another detector."""
+    for name, ours in (
+        ("vocab_size", tokenizer.vocab_size),
+        ("time_vocab_size", tokenizer.time_vocab_size),
+        ("conditioning_names", tokenizer.conditioning_names),
+        ("conditioning_ranges", tokenizer.conditioning_ranges),
+        ("stream_delays", tokenizer.stream_delays),
+        ("time_prediction", tokenizer.time_encoding),
+    ):
+        model = getattr(config, name)
+        model = np.asarray(model).tolist() if isinstance(model, (list, tuple)) else model
+        if ours != model:
+            raise ValueError(f"{path}: {name} of the tokenizer is {ours}, of the model {model}")
+    if list(tokenizer.conditioning_names) != ["P", "Theta"]:
+        names = ", ".join(tokenizer.conditioning_names)
+        raise ValueError(
+            f"{path}: the model is conditioned on {names}; this script draws P and Theta, use model.generate()"
+        )
+
+
 def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generator]:
     """PDG code to generator. A model with experts serves both species, a dense one the species it was trained on."""
     import torch
@@ -115,10 +136,14 @@ def load_generators(arguments: argparse.Namespace, device) -> dict[int, Generato
             raise ValueError(f"no model for {name} tracks: pass --model or --{name}_model")
         if path in loaded:
             continue
-        load_config(path, "cmhca_dirc")
+        config = load_config(path, "cmhca_dirc")
+        if "CMHCADircForCausalLM" not in (config.architectures or ["CMHCADircForCausalLM"]):
+            raise ValueError(f"{path}: holds a {config.architectures[0]}, expected a generator (CMHCADircForCausalLM)")
         dtype = getattr(torch, arguments.dtype)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        loaded[path] = Generator(model, AutoTokenizer.from_pretrained(path), sampling_kwargs(arguments, model))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        check_tokenizer(path, tokenizer, config)
+        loaded[path] = Generator(model, tokenizer, sampling_kwargs(arguments, model))
     if len(wanted) == 2 and paths[211] == paths[321] and loaded[paths[211]].model.config.num_experts == 0:
         raise ValueError(
             f"{paths[211]}: a model without experts does not know the species; pass --pion_model and --kaon_model, "

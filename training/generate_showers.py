@@ -155,9 +155,10 @@ def load_generator(arguments: argparse.Namespace, device) -> Generator:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{arguments.model}: no tokenizer that can be loaded ({str(error).splitlines()[0]})") from None
-    for name in ("nbins", "axis_mode", "num_registers"):
+    for name in ("nbins", "axis_mode", "num_registers", "stream_delays", "energy_delay"):
         own, other = getattr(tokenizer, name, None), getattr(config, name)
-        if own != (list(other) if name == "nbins" else other):
+        own, other = (list(value) if isinstance(value, tuple) else value for value in (own, other))
+        if own != other:
             raise ValueError(f"{arguments.model}: {name} of the tokenizer is {own}, of the model {other}")
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()

@@ -157,7 +157,8 @@ def test_hostile_plot_input(fixed_point_files, tmp_path, capsys):
         assert plot_dirc.main(arguments + out) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "plots").exists()
-    for arguments in ([], ["--real", folder, "--theta", "30-20"], ["--real", folder, "--photons", "0"]):
+    real = ["--real", folder]
+    for arguments in ([], [*real, "--theta", "30-20"], [*real, "--photons", "0"], [*real, "--theta-window", "-1"]):
         with pytest.raises(SystemExit):
             plot_dirc.main(arguments + out)
 

@@ -90,6 +90,8 @@ def test_second_box_is_folded():
         (lambda g: DircGeometry(inactive_pmts=(24,)), "`inactive_pmts` must be in 0..23, got 24"),
         (lambda g: DircGeometry(inactive_pmts=3), "`inactive_pmts` must be a list"),
         (lambda g: DircGeometry(inactive_pmts=range(24)), "leaves no active PMT"),
+        (lambda g: DircGeometry(pmt_rows=10**9), "geometry: 1,536,000,000,000 pixels, expected at most"),
+        (lambda g: DircGeometry.from_dict("wide"), "geometry must be a dict of its fields, got 'wide'"),
         (lambda g: DircGeometry.from_dict({"rows": 3}), "unknown field 'rows'; known fields: pmt_rows"),
     ],
 )

@@ -328,7 +328,8 @@ def test_hostile_arguments(tokenizer):
     for arguments, message in (
         ({"padding": "wide"}, "padding must be"),
         ({"on_invalid": "ignore"}, "on_invalid must be"),
-        ({"max_length": 2}, "max_length must be at least 3"),
+        ({"max_length": 2}, "max_length must be an integer of at least 3, got 2"),
+        ({"max_length": 20.5}, "max_length must be an integer of at least 3, got 20.5"),
         ({"padding_side": "top"}, "padding_side must be"),
         ({"pad_to_multiple_of": 0, "padding": True}, "pad_to_multiple_of must be"),
         ({"return_tensors": "tf", "padding": True}, "return_tensors must be"),
@@ -357,6 +358,21 @@ def test_hostile_configurations():
         ({"class_pdg": (211, -211)}, "must not repeat"),
         ({"time_encoding": "fourier"}, "time_encoding must be"),
         ({"geometry": {"pmts": 3}}, "unknown field 'pmts'"),
+        ({"geometry": 5}, "geometry must be a dict of its fields, got 5"),
+        ({"time_min": "early"}, "time_min must be a number of ns, got 'early'"),
+        ({"time_resolution": 1e-300}, "time_vocab_size must be at least 148"),
+        ({"space_vocab_size": 6147.7}, "space_vocab_size must be an integer"),
+        ({"space_vocab_size": 10**12}, r"space_vocab_size must be an integer in 1\.\.16777216"),
+        ({"time_vocab_size": 10**12}, r"time_vocab_size must be an integer in 1\.\.16777216"),
+        ({"conditioning_ranges": (5, 10)}, "conditioning_ranges must be a list of pairs"),
+        ({"conditioning_ranges": ((0, np.inf), (25, 160))}, "P needs min < max, got"),
+        ({"conditioning_names": ("P", "P")}, "conditioning_names must be a list of different names"),
+        ({"class_pdg": 211}, "class_pdg must be a list of integers, got 211"),
+        ({"class_pdg": (211.5, 321)}, "class_pdg must be an integer"),
+        ({"stream_delays": 3}, "stream_delays must be a list of integers, got 3"),
+        ({"stream_delays": (0, 300)}, "model_max_length must be an integer of at least 303, got 250"),
+        ({"model_max_length": 0}, "model_max_length must be an integer of at least 3, got 0"),
+        ({"model_max_length": "long"}, "model_max_length must be an integer of at least 3, got 'long'"),
     ):
         with pytest.raises(ValueError, match=message):
             CMHCADircTokenizer(**arguments)
@@ -520,6 +536,9 @@ def test_hostile_ids(tokenizer):
         ([good], {"kinematics": np.zeros((2, 2))}, r"kinematics must have shape \(1, 2\) or \(2,\)"),
         ([good], {"pdg": [211, 211]}, "pdg must be one integer or 1 of them"),
         ([good], {"class_ids": [2]}, "class_ids must be in 0..1"),
+        ([good], {"class_ids": [0.5]}, "class_ids must be one integer or 1 of them, got float64"),
+        ([good], {"class_ids": [0, 1]}, "class_ids must be one integer or 1 of them"),
+        ([good], {"kinematic": [6.0, 30.0]}, "unknown argument 'kinematic'"),
         ([good], {"class_ids": [1], "pdg": 211}, "either pdg or class_ids"),
         ([good], {"times": [[1.0]]}, "times belongs to time_encoding='regression'"),
     ):

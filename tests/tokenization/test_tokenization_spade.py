@@ -533,17 +533,21 @@ def test_hostile_arguments(tokenizer, arguments, message):
         ({"nbins": (30, 0, 30)}, r"nbins must be an integer in 1\.\.32767, got 0"),
         ({"nbins": (30, 30.5, 30)}, "nbins must be an integer"),
         ({"nbins": (30, 30, 40000)}, "nbins must be an integer"),
+        ({"nbins": 30}, "nbins must be a list of integers, got 30"),
+        ({"nbins": (30000, 30000, 3), "axis_mode": "combined"}, "2,700,000,000 cells, too many for one vocabulary"),
         ({"axis_mode": "both"}, "axis_mode must be 'split' or 'combined'"),
         ({"num_registers": -1}, "num_registers must be an integer of at least 0"),
         ({"sorting": "size"}, "sorting must be one of layer_energy"),
         ({"energy_threshold": -1}, "energy_threshold must be 0 or a positive energy"),
         ({"energy_threshold": float("nan")}, "energy_threshold must be"),
+        ({"energy_threshold": "a"}, "energy_threshold must be"),
         ({"stream_delays": (1, 2)}, "stream_delays must have one entry for each of x, y, z"),
         ({"stream_delays": (1, -2, 0)}, "stream_delays must be an integer of at least 0"),
         ({"energy_delay": True}, "energy_delay must be an integer"),
         ({"legacy_pad_length": 0}, "legacy_pad_length must be"),
         ({"model_max_length": 0}, "model_max_length must be"),
         ({"energy_transform": {"log": True}}, "energy_transform must have log"),
+        ({"energy_transform": "ln"}, "energy_transform must have log"),
         ({"energy_transform": {"log": 1, "subtract": 0, "multiply": 1}}, "energy_transform must have log"),
         ({"energy_transform": {"log": True, "subtract": 0, "multiply": 0}}, "energy_transform: multiply must be"),
         ({"energy_transform": {"log": True, "subtract": "a", "multiply": 1}}, "energy_transform: subtract must be"),
@@ -578,6 +582,8 @@ def test_hostile_sequences():
     ):
         with pytest.raises(ValueError, match=message):
             tokenizer.batch_decode(*arguments)
+    with pytest.raises(ValueError, match="unknown argument 'incidentenergy'"):
+        tokenizer.batch_decode(ids, energy, incidentenergy=1.0)
 
 
 def test_hostile_features(tokenizer):

@@ -417,6 +417,28 @@ def test_hostile_values(models, tmp_path, flags):
     assert name.removeprefix("--") in assert_refused(tmp_path / "out", *arguments)
 
 
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        ({"time_vocab_size": 5924}, "time_vocab_size"),
+        ({"conditioning_ranges": [[0, 10], [20, 160]]}, "conditioning_ranges"),
+        ({"stream_delays": [0, 1]}, "stream_delays"),
+    ],
+)
+def test_hostile_tokenizer_of_another_detector(models, tmp_path, settings, name):
+    shutil.copytree(models["dense"], tmp_path / "model")
+    hepzoo.CMHCADircTokenizer(**settings).save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--method", "Pion", "--n_tracks", "2"]
+    assert name in assert_refused(tmp_path / "out", *arguments)
+
+
+def test_hostile_classifier_instead_of_a_generator(models, tmp_path):
+    classifier = hepzoo.CMHCADircForSequenceClassification.from_pretrained(models["dense"])
+    path = save(classifier, tmp_path / "classifier")
+    message = assert_refused(tmp_path / "out", "--model", path, "--method", "Pion", "--n_tracks", "2")
+    assert "CMHCADircForSequenceClassification" in message and path in message
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'"text"'])
 def test_hostile_options_file_of_an_earlier_run(models, tmp_path, content):
     (tmp_path / "generation.json").write_bytes(content)
