@@ -21,12 +21,12 @@ from functools import partial
 import numpy as np
 from datasets import Features, List, Value
 
+from hepzoo.data_scripts.hdf5_files import opened_hdf5
 from hepzoo.data_scripts.jet_files import (
     JetBlock,
     JetFile,
     add_output_options,
     hdf5_dataset,
-    opened_hdf5,
     relative_angles,
     row_blocks,
     run_conversion,

@@ -15,9 +15,9 @@ from functools import partial
 import numpy as np
 from datasets import List
 
+from hepzoo.data_scripts.hdf5_files import UnreadableFileError
 from hepzoo.data_scripts.jet_files import JetBlock, JetFile, add_output_options, run_conversion
 from hepzoo.data_scripts.jets_schema import JETS_FEATURES, REQUIRED_COLUMNS, jet_features
-from hepzoo.data_scripts.showers_hdf5 import UnreadableFileError
 
 BLOCK_JETS = 5000
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hepzoo.data_scripts.hdf5_files import UnreadableFileError
 from hepzoo.data_scripts.shards import ShardWriter
 from hepzoo.data_scripts.showers_hdf5 import (
     LAYOUTS,
     ReadOptions,
-    UnreadableFileError,
     count_showers,
     detect_layout,
     read_showers_hdf5,

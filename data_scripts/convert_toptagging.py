@@ -26,14 +26,13 @@ from pathlib import Path
 import numpy as np
 from datasets import Features, Value
 
+from hepzoo.data_scripts.hdf5_files import import_h5py, opened_hdf5
 from hepzoo.data_scripts.jet_files import (
     JetBlock,
     JetFile,
     add_output_options,
     cylindrical,
     hdf5_dataset,
-    import_h5py,
-    opened_hdf5,
     relative_angles,
     row_blocks,
     run_conversion,

@@ -5,7 +5,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import numpy as np
 from datasets import Features
 from tqdm import tqdm
 
+from hepzoo.data_scripts.hdf5_files import UnreadableFileError, check_values_are_here, import_h5py
 from hepzoo.data_scripts.jets_schema import LABEL_COLUMNS, REQUIRED_COLUMNS
 from hepzoo.data_scripts.shards import ShardWriter
-from hepzoo.data_scripts.showers_hdf5 import UnreadableFileError
 from hepzoo.tokenization.jet_features import wrap_phi
 
 BLOCK_BYTES = 32 * 2**20
@@ -59,40 +58,6 @@ class JetBlock:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def import_h5py():
-    """The module h5py.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError('HDF5 files need h5py; install it with: pip install "hepzoo[data]"') from None
-    return h5py
-
-
-@contextmanager
-def opened_hdf5(path: str | os.PathLike):
-    """The open HDF5 file; errors of the library, while opening or reading, become `UnreadableFileError`."""
-    h5py = import_h5py()
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    # h5py reports damage by any of these.
-    except (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(
-            f"{path}: not a readable HDF5 file, truncated or damaged ({_reason(error)})"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0][:120]
-
-
 def hdf5_dataset(group, name: str, path, columns: int | None = None, rows: int | None = None):
     """The dataset `name` of a group, checked: plain numbers that are stored in this file.
 
@@ -103,33 +68,16 @@ def hdf5_dataset(group, name: str, path, columns: int | None = None, rows: int |
     Raises:
         ValueError: it is missing, has another shape, or is compressed in a way that h5py cannot read.
     """
-    h5py = import_h5py()
     data = group.get(name)
-    if not isinstance(data, h5py.Dataset):
+    if not isinstance(data, import_h5py().Dataset):
         found = ", ".join(sorted(group))[:100] or "nothing"
         raise ValueError(f"{path}: dataset {name} is missing; the file holds {found}")
-    # A missing source of a virtual dataset would read as zeros.
-    if data.file.filename != group.file.filename or data.is_virtual or data.external:
-        raise ValueError(f"{path}: {name} takes its values from other files; expected data in the file itself")
     if columns is not None and (data.ndim != 2 or data.shape[1] != columns or data.dtype.kind not in "iufb"):
         raise ValueError(f"{path}: {name} must be numbers (N, {columns}), found {data.dtype} of shape {data.shape}")
     if rows is not None and (not data.ndim or len(data) != rows):
         raise ValueError(f"{path}: {name} has shape {data.shape}; expected {rows} rows")
-    _check_filters(h5py, data, path)
+    check_values_are_here(data, name, group, path)
     return data
-
-
-def _check_filters(h5py, data, path) -> None:
-    settings = data.id.get_create_plist()
-    for index in range(settings.get_nfilters()):
-        code = settings.get_filter(index)[0]
-        if not h5py.h5z.filter_avail(code):
-            with suppress(ImportError):
-                import hdf5plugin  # noqa: F401
-            if not h5py.h5z.filter_avail(code):
-                raise ValueError(
-                    f"{path}: {data.name} is compressed by HDF5 filter {code}; reading it needs: pip install hdf5plugin"
-                )
 
 
 def row_blocks(num_rows: int, row_bytes: int, path) -> Iterator[slice]:

@@ -15,13 +15,13 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hepzoo.data_scripts.hdf5_files import check_values_are_here, import_h5py, opened_hdf5
 from hepzoo.tokenization.records_spade import FIELDS, HIT_FIELDS, shower_columns
 
 LAYOUTS = ("getting_high", "padded", "showerdata", "events", "arrays")
@@ -32,10 +32,6 @@ MAX_ROW_BYTES = 256 * 2**20
 MAX_GRID = 2**15 - 1  # cell indices are int16
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 _SHOWERDATA_VERSION = "0.7.0"  # the release whose layout is written
-
-
-class UnreadableFileError(ValueError):
-    """The file is not HDF5, or it is truncated or damaged."""
 
 
 @dataclass(frozen=True)
@@ -79,29 +75,6 @@ class ReadOptions:
             raise ValueError(f"incident_energy must be a positive number of GeV, got {self.incident_energy}")
 
 
-def _h5py():
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError('HDF5 files need h5py; install it with: pip install "hepzoo[data]"') from None
-    return h5py
-
-
-@contextmanager
-def _opened(path: str | os.PathLike):
-    """The open file; errors of the HDF5 library, while opening or reading, become `UnreadableFileError`."""
-    h5py = _h5py()
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    # h5py reports damage by any of these.
-    except (OSError, RuntimeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableFileError(f"{path}: not a readable HDF5 file, truncated or damaged ({reason:.120})") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Layouts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,15 +82,13 @@ def _opened(path: str | os.PathLike):
 
 def _dataset(group, name: str, path, ndim: int | tuple[int, ...], kinds: str = "iuf"):
     """The dataset `name`, checked: its values are in this file, numbers, and of the expected dimensions."""
-    h5py = _h5py()
+    h5py = import_h5py()
     if name not in group:
         raise ValueError(f"{path}: dataset {name} is missing")
     data = group[name]
     if not isinstance(data, h5py.Dataset):
         raise ValueError(f"{path}: {name} must be a dataset, found {type(data).__name__.lower()}")
-    # A missing source of a virtual dataset would read as zeros.
-    if data.file.filename != group.file.filename or data.is_virtual or data.external:
-        raise ValueError(f"{path}: {name} takes its values from other files; expected data in the file itself")
+    check_values_are_here(data, name, group, path)
     expected = (ndim,) if isinstance(ndim, int) else ndim
     if data.ndim not in expected or _dtype(data, path).kind not in kinds:
         wanted = " or ".join(map(str, expected))
@@ -135,7 +106,7 @@ def _dtype(data, path) -> np.dtype:
 
 
 def _getting_high_groups(file) -> list[str]:
-    h5py = _h5py()
+    h5py = import_h5py()
     return [
         name
         for name in file
@@ -151,8 +122,8 @@ def detect_layout(path: str | os.PathLike) -> str:
     Raises:
         ValueError: it has none of them; the line lists what the file holds.
     """
-    h5py = _h5py()
-    with _opened(path) as file:
+    h5py = import_h5py()
+    with opened_hdf5(path) as file:
         names = set(file)
         if "showers" in names:
             showers = file.get("showers")
@@ -195,7 +166,7 @@ def read_showers_hdf5(
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout must be auto or one of {', '.join(LAYOUTS)}, got {layout!r}")
     layout = detect_layout(path) if layout == "auto" else layout
-    with _opened(path) as file:
+    with opened_hdf5(path) as file:
         for first, block in _READERS[layout](file, path, options):
             yield _finish(block, first, path, layout, options, counts if counts is not None else Counter())
 
@@ -203,7 +174,7 @@ def read_showers_hdf5(
 def count_showers(path: str | os.PathLike, layout: str = "auto") -> int:
     """Number of showers in a file, from its shapes alone."""
     layout = detect_layout(path) if layout == "auto" else layout
-    with _opened(path) as file:
+    with opened_hdf5(path) as file:
         if layout == "getting_high":
             return len(_dataset(*_getting_high(file, path), path, 4))
         if layout == "showerdata":
@@ -318,7 +289,7 @@ def _read_arrays(file, path, options: ReadOptions):
 
 
 def _read_showerdata(file, path, options: ReadOptions):
-    h5py = _h5py()
+    h5py = import_h5py()
     showers = _dataset(file, "showers", path, 1, "O")
     base = h5py.check_vlen_dtype(showers.dtype)
     if base is None or np.dtype(base).kind not in "iuf":
@@ -499,7 +470,7 @@ def write_showers_hdf5(
     Raises:
         ValueError: a row is malformed, has more than `pad_length` hits, or the file exists.
     """
-    h5py = _h5py()
+    h5py = import_h5py()
     if layout not in WRITTEN_LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(WRITTEN_LAYOUTS)}, got {layout!r}")
     if not 0 < cell_size < np.inf:

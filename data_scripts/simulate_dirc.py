@@ -7,7 +7,6 @@ its constants and limits: docs/simulate_dirc.md.
 """
 
 import argparse
-import multiprocessing
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from hepzoo.data_scripts.dirc_optics import (
     trace_prism,
     velocity,
 )
+from hepzoo.data_scripts.worker_processes import run_jobs
 
 __all__ = [
     "DircDetector",
@@ -155,7 +155,7 @@ def iter_tracks(
         others: see `simulate_tracks`.
 
     Raises:
-        ValueError: as `simulate_tracks`, before the first chunk where possible.
+        ValueError: as `simulate_tracks`, before the first chunk where possible; a worker process died.
     """
     detector = DircDetector() if detector is None else detector
     for name, value, lowest in (("num_tracks", num_tracks, 1), ("seed", seed, 0), ("processes", processes, 1)):
@@ -180,23 +180,14 @@ def iter_tracks(
             yield int(seed), chunk, size, *parts, detector
 
     # A generator of its own, so that the checks above run at the call and not at the first chunk.
-    return _run_jobs(jobs(), min(processes, -(-num_tracks // CHUNK_TRACKS)), stats)
+    return _counted(run_jobs(_simulate_chunk, jobs(), min(processes, -(-num_tracks // CHUNK_TRACKS))), stats)
 
 
-def _run_jobs(jobs, processes, stats):
-    if processes == 1:
-        results = map(_simulate_chunk, jobs)
-        for columns, counts in results:
-            if stats is not None:
-                stats.add(counts)
-            yield columns
-        return
-    # spawn: forking a process that holds threads of torch or arrow can hang.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for columns, counts in pool.imap(_simulate_chunk, jobs):
-            if stats is not None:
-                stats.add(counts)
-            yield columns
+def _counted(results, stats: SimulationStats | None):
+    for columns, counts in results:
+        if stats is not None:
+            stats.add(counts)
+        yield columns
 
 
 def _checked_column(name: str, values, num_tracks: int) -> np.ndarray:

@@ -5,92 +5,19 @@ path; without `path` the figure is returned. Needs matplotlib (`pip install "hep
 when asked. No display is needed, and neither pyplot's state nor the caller's settings are touched.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hepzoo.evaluation.distances import ratio_rms
+from hepzoo.evaluation.figures import COLORS, colormap, finish, styled, subplots
 from hepzoo.evaluation.tracks_dirc import SPECIES, DircTracks, as_tracks
 from hepzoo.tokenization.geometry_dirc import DircGeometry
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 TIME_EDGES = np.arange(9.0, 157.25, 0.5)
-DPI = 150
-COLORS = {"real": "#222222", "generated": "#d1495b", "pion": "#1f6fb4", "kaon": "#e07b00"}
 SYMBOL = {"pion": r"$\pi$", "kaon": r"$K$", "all": "all tracks"}
-
-
-@contextmanager
-def _style(name: str | None) -> Iterator[None]:
-    """Settings of this module, over matplotlib's defaults and an mplhep style; the caller's stay untouched."""
-    try:
-        import matplotlib.style
-    except ImportError:
-        raise ImportError('plots need matplotlib: pip install "hepzoo[plots]"') from None
-    styles: list[Any] = ["default"]
-    if name:
-        try:
-            import mplhep
-        except ImportError:
-            raise ImportError('mplhep styles need mplhep: pip install "hepzoo[plots]"') from None
-        chosen = getattr(mplhep.style, name, None)
-        if not isinstance(chosen, dict):
-            raise ValueError(f"unknown mplhep style {name!r}; known are for instance ATLAS, CMS, LHCb2, ALICE")
-        styles.append(chosen)
-    sizes = {"font.size": 11, "axes.labelsize": 12, "axes.titlesize": 12, "legend.fontsize": 10}
-    sizes |= {"xtick.labelsize": 10, "ytick.labelsize": 10, "legend.title_fontsize": 10, "legend.frameon": False}
-    ticks = {"xtick.direction": "in", "ytick.direction": "in"}
-    with matplotlib.style.context([*styles, sizes | ticks]):
-        yield
-
-
-def _styled(plot):
-    """Draws within `_style` of the keyword `style`."""
-
-    @wraps(plot)
-    def styled(*args, **kwargs):
-        with _style(kwargs.get("style")):
-            return plot(*args, **kwargs)
-
-    return styled
-
-
-def _subplots(*shape: int, figsize: tuple[float, float], **options):
-    """A figure that pyplot does not know (nothing to close, no backend chosen) and its axes as a 2-d array."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
-    return figure, figure.subplots(*shape, squeeze=False, **options)
-
-
-def _colormap(name: str, **extremes: str):
-    import matplotlib
-
-    return matplotlib.colormaps[name].with_extremes(**extremes)
-
-
-def _finish(figure: "Figure", path: str | Path | None):
-    if path is None:
-        return figure
-    path = Path(path)
-    supported = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in supported:
-        raise ValueError(f"{path}: unknown picture format {path.suffix!r}; known: {', '.join(sorted(supported))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        figure.savefig(part, dpi=DPI, bbox_inches="tight")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _kinematics_title(tracks: DircTracks) -> str:
@@ -118,10 +45,22 @@ def _density(tracks: DircTracks, geometry: DircGeometry) -> np.ndarray:
     return density
 
 
-def _color_floor(densities: Sequence[np.ndarray]) -> float:
-    """Lower end of the logarithmic colour scale: nearly all pixels with hits, at most four decades."""
+def _draw_densities(figure, axes, sets: Mapping[str, DircTracks], geometry: DircGeometry) -> list[np.ndarray]:
+    """Draws the hit density of each sample, on one logarithmic colour scale, and returns them."""
+    from matplotlib.colors import LogNorm
+
+    densities = [_density(tracks, geometry) for tracks in sets.values()]
     filled = np.concatenate([d[d > 0] for d in densities])
-    return float(max(np.quantile(filled, 0.005), filled.max() * 1e-4))
+    # nearly all pixels with hits, at most four decades
+    floor = float(max(np.quantile(filled, 0.005), filled.max() * 1e-4))
+    scale = LogNorm(floor, filled.max())
+    color = colormap("viridis", bad="white", under="#e9e9e9")  # pixels without hits; gaps between sensors stay white
+    for axis, (name, tracks), density in zip(axes, sets.items(), densities, strict=True):
+        shown = np.where(density > 0, np.maximum(density, floor), density * 0 + floor / 10)
+        mesh = axis.pcolormesh(geometry.x_edges, geometry.y_edges, shown, norm=scale, cmap=color, rasterized=True)
+        axis.set_title(f"{name} ({tracks.offsets[-1]:,} photons)")
+    figure.colorbar(mesh, ax=list(axes), label="fraction of photons per pixel", shrink=0.85, pad=0.015)
+    return densities
 
 
 def _live(geometry: DircGeometry, axis: str) -> np.ndarray:
@@ -159,7 +98,7 @@ def _block_ratio(
     return ratio, few, block
 
 
-@_styled
+@styled
 def plot_hit_pattern(
     panels: Mapping[str, Any],
     path: str | Path | None = None,
@@ -176,35 +115,19 @@ def plot_hit_pattern(
         title (`str`, *optional*): default: the kinematics of the first panel.
         style (`str`, *optional*): name of an mplhep style, for instance `"CMS"`.
     """
-    from matplotlib.colors import LogNorm
-
     geometry = DircGeometry() if geometry is None else geometry
     sets = {name: _require(as_tracks(rows, geometry), name) for name, rows in panels.items()}
-    densities = {name: _density(tracks, geometry) for name, tracks in sets.items()}
-    top = max(np.nanmax(d) for d in densities.values())
-    floor = _color_floor(list(densities.values()))
-    figure, axes = _subplots(1, len(sets), figsize=(5.6 * len(sets) + 0.8, 4.4), sharey=True)
-    color = _colormap("viridis", bad="white", under="#e9e9e9")  # pixels without hits; gaps between sensors stay white
-    mesh = None
-    for axis, (name, density) in zip(axes[0], densities.items(), strict=True):
-        mesh = axis.pcolormesh(
-            geometry.x_edges,
-            geometry.y_edges,
-            np.where(density > 0, np.maximum(density, floor), density * 0 + floor / 10),
-            norm=LogNorm(floor, top),
-            cmap=color,
-            rasterized=True,
-        )
-        axis.set_title(f"{name} ({sets[name].offsets[-1]:,} photons)")
+    figure, axes = subplots(1, len(sets), figsize=(5.6 * len(sets) + 0.8, 4.4), sharey=True)
+    _draw_densities(figure, axes[0], sets, geometry)
+    for axis in axes[0]:
         axis.set_xlabel("$x$ [mm]")
         axis.set_aspect("equal")
     axes[0, 0].set_ylabel("$y$ [mm]")
-    figure.colorbar(mesh, ax=axes[0].tolist(), label="fraction of photons per pixel", shrink=0.85, pad=0.015)
     figure.suptitle(title or _kinematics_title(next(iter(sets.values()))), fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_hit_comparison(
     real: Any,
     generated: Any,
@@ -224,26 +147,11 @@ def plot_hit_comparison(
         _require(as_tracks(real, geometry), "real"),
         _require(as_tracks(generated, geometry), "generated"),
     )
-    a, b = _density(real, geometry), _density(generated, geometry)
-    top = max(np.nanmax(a), np.nanmax(b))
-    floor = _color_floor([a, b])
-    figure, (axes,) = _subplots(1, 3, figsize=(15, 4.0), sharey=True)
+    figure, (axes,) = subplots(1, 3, figsize=(15, 4.0), sharey=True)
     figure.get_layout_engine().set(wspace=0.06)
-    color = _colormap("viridis", bad="white", under="#e9e9e9")
-    mesh = None
-    for axis, name, density, tracks in zip(axes, ("real", "generated"), (a, b), (real, generated), strict=False):
-        mesh = axis.pcolormesh(
-            geometry.x_edges,
-            geometry.y_edges,
-            np.where(density > 0, np.maximum(density, floor), density * 0 + floor / 10),
-            norm=LogNorm(floor, top),
-            cmap=color,
-            rasterized=True,
-        )
-        axis.set_title(f"{name} ({tracks.offsets[-1]:,} photons)")
-    figure.colorbar(mesh, ax=axes[:2].tolist(), label="fraction of photons per pixel", shrink=0.85, pad=0.015)
+    a, b = _draw_densities(figure, axes[:2], {"real": real, "generated": generated}, geometry)
     ratio, few, block = _block_ratio(a, b, min(real.offsets[-1], generated.offsets[-1]), geometry)
-    diverging = _colormap("RdBu_r", bad="none")
+    diverging = colormap("RdBu_r", bad="none")
     axes[2].pcolormesh(geometry.x_edges, geometry.y_edges, few, cmap=ListedColormap(["#bdbdbd"]), rasterized=True)
     mesh = axes[2].pcolormesh(
         geometry.x_edges, geometry.y_edges, ratio, norm=LogNorm(0.25, 4), cmap=diverging, rasterized=True
@@ -258,7 +166,7 @@ def plot_hit_comparison(
         axis.set_aspect("equal")
     axes[0].set_ylabel("$y$ [mm]")
     figure.suptitle(title or _kinematics_title(real), fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +199,7 @@ def _ratio_panel(axis, edges, reference, others: Sequence[tuple[np.ndarray, str]
     axis.set_ylabel(label)
 
 
-@_styled
+@styled
 def plot_time_spectrum(
     real: Any,
     generated: Any | None = None,
@@ -311,7 +219,7 @@ def plot_time_spectrum(
     """
     real = _require(as_tracks(real), labels[0])
     two = generated is not None
-    figure, axes = _subplots(
+    figure, axes = subplots(
         2 if two else 1,
         1,
         figsize=(7.5, 5.6 if two else 4.2),
@@ -349,7 +257,7 @@ def plot_time_spectrum(
     last = max(np.quantile(t.time, 0.9999) for t in sets)
     axes[-1].set_xlim(edges[0], min(edges[-1], edges[0] + 1.15 * (last - edges[0])))
     axes[-1].set_xlabel("arrival time [ns]")
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _profile(tracks: DircTracks, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -364,7 +272,7 @@ def _profile(tracks: DircTracks, edges: np.ndarray) -> tuple[np.ndarray, np.ndar
     return mean, spread, spread / np.sqrt(n)
 
 
-@_styled
+@styled
 def plot_photon_yield(
     samples: Mapping[str, Any],
     path: str | Path | None = None,
@@ -388,7 +296,7 @@ def plot_photon_yield(
     wide = high - low > 2
     if theta_edges is None:
         theta_edges = np.arange(5 * np.floor(low / 5), 5 * np.floor(high / 5) + 10, 5.0)
-    figure, axes = _subplots(1, 2 if wide else 1, figsize=(12 if wide else 6.5, 4.4))
+    figure, axes = subplots(1, 2 if wide else 1, figsize=(12 if wide else 6.5, 4.4))
     if wide:
         axis = axes[0, 0]
         centers, half = (theta_edges[:-1] + theta_edges[1:]) / 2, np.diff(theta_edges) / 2
@@ -429,10 +337,10 @@ def plot_photon_yield(
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
     axis.legend(title="mean $\\pm$ std", loc="upper right")
     figure.suptitle(title or _kinematics_title(next(iter(sets.values()))), fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_ratios(
     real: Any,
     generated: Any,
@@ -451,7 +359,7 @@ def plot_ratios(
         _require(as_tracks(real, geometry), "real"),
         _require(as_tracks(generated, geometry), "generated"),
     )
-    figure, axes = _subplots(2, 3, figsize=(16, 5.2), sharex="col", height_ratios=(2.2, 1))
+    figure, axes = subplots(2, 3, figsize=(16, 5.2), sharex="col", height_ratios=(2.2, 1))
     columns = [
         ("x", "$x$ [mm]", geometry.x_edges),
         ("y", "$y$ [mm]", geometry.y_edges),
@@ -481,10 +389,10 @@ def plot_ratios(
     kinematics = _kinematics_title(real)
     sizes = f"{real.offsets[-1]:,} real, {generated.offsets[-1]:,} generated photons"
     figure.suptitle(f"{title or kinematics}; {sizes}", fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_dll(
     scores_kaon: np.ndarray,
     scores_pion: np.ndarray,
@@ -511,7 +419,7 @@ def plot_dll(
         result, why = separation_power(scores_kaon, scores_pion, edges), ""
     except ValueError as err:
         result, why = None, str(err)
-    figure, ((axis,),) = _subplots(1, 1, figsize=(7, 4.6))
+    figure, ((axis,),) = subplots(1, 1, figsize=(7, 4.6))
     grid = np.linspace(edges[0], edges[-1], 1000)
     for name, scores in (("kaon", scores_kaon), ("pion", scores_pion)):
         scores = np.asarray(scores, dtype=float)
@@ -540,10 +448,10 @@ def plot_dll(
     axis.set_xlim(max(edges[0], low - pad), min(edges[-1], high + pad))
     axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
     axis.legend(loc="upper center", ncols=2)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_separation(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     path: str | Path | None = None,
@@ -559,7 +467,7 @@ def plot_separation(
     """
     if versus not in ("theta", "momentum"):
         raise ValueError(f"versus must be 'theta' or 'momentum', got {versus!r}")
-    figure, ((axis,),) = _subplots(1, 1, figsize=(7, 4.4))
+    figure, ((axis,),) = subplots(1, 1, figsize=(7, 4.4))
     markers = "osD^v<>"
     drawn = 0
     for i, (name, rows) in enumerate(tables.items()):
@@ -592,7 +500,7 @@ def plot_separation(
     axis.legend()
     if title:
         axis.set_title(title)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def species_tracks(tracks: DircTracks) -> dict[str, DircTracks]:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hepzoo.evaluation.figures import COLORS, NAMES, colormap, draw_pair, draw_ratio, finish, styled, subplots
 from hepzoo.evaluation.jets import CLASSES, CONSTITUENTS, OBSERVABLES, JetObservables, Jets
-from hepzoo.evaluation.plots_dirc import COLORS, _colormap, _finish, _styled, _subplots
-from hepzoo.evaluation.plots_showers import NAMES, _pair, _ratio
 from hepzoo.evaluation.token_quality import align, residuals
 
 AXES = {
@@ -99,8 +98,8 @@ def _draw(top, bottom, samples: Sequence[JetObservables], name: str, bins: int) 
         unit = OBSERVABLES[name][1]
         top.set_ylabel(f"fraction of jets / {unit}" if unit else "normalised to 1")
     heights, errors = ([c * s for c, s in zip(part, scale, strict=True)] for part in (counts, errors))
-    _pair(top, edges, heights, errors)
-    _ratio(bottom, edges, heights, errors)
+    draw_pair(top, edges, heights, errors)
+    draw_ratio(bottom, edges, heights, errors)
     high = max(h.max() for h in heights)
     top.set_ylim(0, 1.35 * high)
     if name in CONSTITUENTS:
@@ -121,7 +120,7 @@ def _draw(top, bottom, samples: Sequence[JetObservables], name: str, bins: int) 
     top.legend(loc="upper right")
 
 
-@_styled
+@styled
 def plot_observable(
     real: JetObservables,
     generated: JetObservables,
@@ -139,13 +138,13 @@ def plot_observable(
         bins (`int`): of the histogram.
         title (`str`, *optional*): default: sample sizes.
     """
-    figure, axes = _subplots(2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1))
+    figure, axes = subplots(2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1))
     _draw(axes[0, 0], axes[1, 0], (real, generated), name, bins)
     figure.suptitle(title or _title(real, generated), fontsize=11)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_overview(
     real: JetObservables,
     generated: JetObservables,
@@ -158,7 +157,7 @@ def plot_overview(
     """Several observables in rows of three, each with its ratio; arguments as `plot_observable`."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _subplots(2 * rows, columns, figsize=(5.2 * columns, 4.6 * rows), height_ratios=(3, 1) * rows)
+    figure, axes = subplots(2 * rows, columns, figsize=(5.2 * columns, 4.6 * rows), height_ratios=(3, 1) * rows)
     for number in range(rows * columns):
         row, column = divmod(number, columns)
         top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
@@ -170,7 +169,7 @@ def plot_overview(
         top.tick_params(labelbottom=False)
         _draw(top, bottom, (real, generated), names[number], bins)
     figure.suptitle(title or _title(real, generated), fontsize=13)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def jet_image(observables: JetObservables, cells: int = 50, reach: float = IMAGE_REACH) -> np.ndarray:
@@ -181,7 +180,7 @@ def jet_image(observables: JetObservables, cells: int = 50, reach: float = IMAGE
     return image / max(len(observables), 1)
 
 
-@_styled
+@styled
 def plot_image(
     real: JetObservables,
     generated: JetObservables,
@@ -201,14 +200,14 @@ def plot_image(
     mean = (images[0] + images[1]) / 2
     difference = np.divide(images[1] - images[0], mean, out=np.full(mean.shape, np.nan), where=mean > 0)
     edges = np.linspace(-IMAGE_REACH, IMAGE_REACH, cells + 1)
-    figure, axes = _subplots(1, 3, figsize=(15.5, 4.6))
+    figure, axes = subplots(1, 3, figsize=(15.5, 4.6))
     for axis, image, name in zip(axes[0], images, NAMES, strict=False):
         shown = np.where(image > 0, image, np.nan)
-        mesh = axis.pcolormesh(edges, edges, shown, norm=norm, cmap=_colormap("viridis"), rasterized=True)
+        mesh = axis.pcolormesh(edges, edges, shown, norm=norm, cmap=colormap("viridis"), rasterized=True)
         axis.set_title(name)
     figure.colorbar(mesh, ax=axes[0, :2].tolist(), label=r"share of the jet $p_\mathrm{T}$ / cell")
     mesh = axes[0, 2].pcolormesh(
-        edges, edges, difference, vmin=-1, vmax=1, cmap=_colormap("RdBu_r", bad="0.85"), rasterized=True
+        edges, edges, difference, vmin=-1, vmax=1, cmap=colormap("RdBu_r", bad="0.85"), rasterized=True
     )
     axes[0, 2].set_title("(generated $-$ real) / mean")
     figure.colorbar(mesh, ax=axes[0, 2], label="relative difference")
@@ -217,10 +216,10 @@ def plot_image(
         axis.set_ylabel(r"$\phi - \phi_\mathrm{jet}$")
         axis.set_aspect("equal")
     figure.suptitle(title or _title(real, generated), fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_residuals(
     original: Jets,
     reconstructed: Jets,
@@ -242,7 +241,7 @@ def plot_residuals(
     found, _ = residuals(*align(original, reconstructed, **cuts), **options)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows))
+    figure, axes = subplots(rows, columns, figsize=(4.2 * columns, 3.5 * rows))
     for number, axis in enumerate(axes.flat):
         if number >= len(names):
             axis.remove()
@@ -273,10 +272,10 @@ def plot_residuals(
         axis.set_ylim(0, 1.25 * heights.max())
         axis.set_ylabel("fraction / bin")
     figure.suptitle(title or f"reconstructed $-$ original: {len(original):,} jets", fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_transfer(
     report: Mapping[str, Any],
     path: str | Path | None = None,
@@ -292,7 +291,7 @@ def plot_transfer(
         names: of the observables.
     """
     columns = min(3, len(names))
-    figure, axes = _subplots(
+    figure, axes = subplots(
         -(-len(names) // columns), columns, figsize=(5.0 * columns, 3.9 * -(-len(names) // columns))
     )
     numbers = np.array(sorted({run["jets"] for run in report["runs"]}), dtype=float)
@@ -322,4 +321,54 @@ def plot_transfer(
         axis.set_ylabel(r"$W_1$ / std")
         axis.legend(fontsize=8)
     figure.suptitle(title or "generated jets against the number of training jets", fontsize=13)
-    return _finish(figure, path)
+    return finish(figure, path)
+
+
+@styled
+def plot_token_information(
+    report: Mapping[str, Any],
+    path: str | Path | None = None,
+    names: Sequence[str] = ("auc", "rejection_at_0.5"),
+    title: str | None = None,
+    style: str | None = None,
+):
+    """Taggers of two classes on decoded constituents and on ids of every tokenizer; bands: original constituents.
+
+    Error bars and bands are standard deviations of the seeds.
+
+    Args:
+        report: of `hepzoo.evaluation.token_information.run`: `means`, `codebook_sizes`, `jets`.
+        names: of the figures, of `means`.
+    """
+    labels = {"auc": "ROC area", "rejection_at_0.3": "rejection at 30 %", "rejection_at_0.5": "rejection at 50 %"}
+    # a rejection may be infinite
+    finite = [{key: np.nan if value == np.inf else value for key, value in row.items()} for row in report["means"]]
+    means = {(row["tagger"], row["representation"]): row for row in finite}
+    tokenizers = list(report["codebook_sizes"])
+    figure, axes = subplots(1, len(names), figsize=(5.2 * len(names), 4.2))
+    for axis, name in zip(axes[0], names, strict=True):
+        for number, tagger in enumerate(dict.fromkeys(tagger for tagger, _ in means)):
+            color = f"C{number}"
+            row = means[tagger, "original"]
+            if np.isfinite(row[name]):
+                spread = np.nan_to_num(row[f"{name}_std"])
+                axis.axhspan(row[name] - spread, row[name] + spread, color=color, alpha=0.2, lw=0)
+                axis.axhline(row[name], color=color, lw=1, label=f"{tagger}: original")
+            for kind, ending, line in (("decoded", "", "o-"), ("ids", " ids", "s--")):
+                rows = [means.get((tagger, tokenizer + ending)) for tokenizer in tokenizers]
+                if None in rows:
+                    continue
+                # side by side, so that the error bars can be seen
+                x = np.arange(len(rows)) + 0.06 * (number - bool(ending))
+                errors = np.nan_to_num([row[f"{name}_std"] for row in rows])
+                axis.errorbar(
+                    x, [row[name] for row in rows], errors, fmt=line, ms=5, capsize=3, color=color,
+                    label=f"{tagger}: {kind}",
+                )  # fmt: skip
+        axis.set_xticks(range(len(tokenizers)), [f"{report['codebook_sizes'][t]} codes\n{t}" for t in tokenizers])
+        axis.set_xlim(-0.4, len(tokenizers) - 0.6)
+        axis.set_ylabel(labels.get(name, name))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    jets = report["jets"]
+    figure.suptitle(title or f"taggers of {jets['train']:,} jets, tested on {jets['test']:,}", fontsize=12)
+    return finish(figure, path)

@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from hepzoo.evaluation.figures import COLORS, NAMES, finish, styled, subplots
 from hepzoo.evaluation.jets import Jets
-from hepzoo.evaluation.plots_dirc import COLORS, _finish, _styled, _subplots
 from hepzoo.evaluation.plots_jets import AXES
-from hepzoo.evaluation.plots_showers import NAMES
 
 SOLVER_COLORS = {"euler": "#888888", "midpoint": "#1f6fb4", "rk4": "#d1495b", "dopri5": "#e07b00"}
 SIGNIFICANCES = {"d0_significance": r"$d_0/\sigma(d_0)$", "dz_significance": r"$d_z/\sigma(d_z)$"}
 LABELS = AXES | {"part_d0val": "$d_0$ [mm]", "part_dzval": "$d_z$ [mm]", "part_charge": "charge"}
 
 
-@_styled
+@styled
 def plot_sampling_steps(
     report: Mapping[str, Any], path: str | Path | None = None, title: str | None = None, style: str | None = None
 ):
@@ -32,7 +31,7 @@ def plot_sampling_steps(
     names = list(report["observables"])
     columns = 4
     rows = -(-(len(names) + 1) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(4.0 * columns, 3.2 * rows))
+    figure, axes = subplots(rows, columns, figsize=(4.0 * columns, 3.2 * rows))
     for axis in axes.flat[len(names) + 1 :]:
         axis.remove()
     done = [row for row in report["rows"] if "error" not in row]
@@ -58,10 +57,10 @@ def plot_sampling_steps(
             axis.axhline(floor["mean"], color="0.6", lw=0.8)
             axis.set_ylabel(f"$W_1$ / std: {LABELS[name]}", fontsize=10)
     figure.suptitle(title or f"{report['jets']:,} jets; band: real to real", fontsize=13)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_particle_types(
     report: Mapping[str, Any], path: str | Path | None = None, title: str | None = None, style: str | None = None
 ):
@@ -73,7 +72,7 @@ def plot_particle_types(
     rows = report["types"]
     kinds = list(dict.fromkeys(row["what"] for row in rows))
     classes = list(dict.fromkeys(row["class"] for row in rows))
-    figure, axes = _subplots(2, len(kinds), figsize=(2.6 * len(kinds) + 1, 4.6), height_ratios=(3, 1), sharex="col")
+    figure, axes = subplots(2, len(kinds), figsize=(2.6 * len(kinds) + 1, 4.6), height_ratios=(3, 1), sharex="col")
     for column, kind in enumerate(kinds):
         own = [row for row in rows if row["what"] == kind]
         places = np.arange(len(own))
@@ -97,10 +96,10 @@ def plot_particle_types(
     axes[1, 0].set_ylabel("gen. / real")
     axes[0, 0].legend(fontsize=9)
     figure.suptitle(title or f"{report['real']:,} real, {report['generated']:,} generated jets", fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_impact_parameters(
     samples: Mapping[str, tuple[Jets, Jets]],
     path: str | Path | None = None,
@@ -120,7 +119,7 @@ def plot_impact_parameters(
     if not names:
         raise ValueError("impact parameters: the jets have none with errors")
     edges = np.linspace(-reach, reach, 61)
-    figure, axes = _subplots(len(names), len(samples), figsize=(3.4 * len(samples) + 0.6, 3.0 * len(names)))
+    figure, axes = subplots(len(names), len(samples), figsize=(3.4 * len(samples) + 0.6, 3.0 * len(names)))
     for line, name in zip(axes, names, strict=True):
         for axis, (label, pair) in zip(line, samples.items(), strict=True):
             for jets, which in zip(pair, NAMES, strict=True):
@@ -135,4 +134,4 @@ def plot_impact_parameters(
         line[0].set_ylabel("share of charged / bin")
     axes[0, 0].legend(fontsize=9)
     figure.suptitle(title or "impact parameters", fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hepzoo.evaluation.plots_dirc import COLORS, _colormap, _finish, _styled, _subplots
+from hepzoo.evaluation.figures import COLORS, NAMES, colormap, draw_pair, draw_ratio, finish, styled, subplots
 from hepzoo.evaluation.showers import (
     CORRELATED,
     GRID,
@@ -55,7 +55,6 @@ CORRELATION_LABELS = {
     "back_fraction": r"$E_3/E_\mathrm{vis}$",
 }  # fmt: skip
 OVERVIEW = ("visible_energy", "num_hits", "cog_z", "energy_per_layer", "radial_profile", "cell_energy")
-NAMES = ("real", "generated")
 
 
 def _title(real: ShowerObservables, generated: ShowerObservables) -> str:
@@ -75,37 +74,6 @@ def _edges(name: str, samples: Sequence[np.ndarray], bins: int) -> np.ndarray:
     return np.linspace(low - margin, high + margin, bins + 1)
 
 
-def _ratio(axis, edges: np.ndarray, values: Sequence[np.ndarray], errors: Sequence[np.ndarray]) -> None:
-    """generated / real with the errors of each: a band about 1 and bars; points outside the panel are arrows."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        band = np.where(values[0] > 0, errors[0] / values[0], np.nan)
-        ratio = np.where(values[0] > 0, values[1] / values[0], np.nan)
-        bars = np.where(values[1] > 0, ratio * errors[1] / values[1], np.nan)
-    # the panel spans what is measured well; a bin of a few entries must not flatten all others
-    certain = np.isfinite(ratio) & (np.hypot(band, np.nan_to_num(bars)) < 0.3)
-    reach = np.quantile(np.abs(ratio[certain] - 1), 0.85) if certain.any() else 0.5
-    reach = next((r for r in (0.05, 0.1, 0.2, 0.3, 0.5) if reach < 0.8 * r), 1.0)
-    axis.stairs(1 + np.nan_to_num(band), edges, baseline=1 - np.nan_to_num(band), fill=True, color="0.85")
-    axis.axhline(1, color="0.4", lw=0.8)
-    centers = (edges[:-1] + edges[1:]) / 2
-    above, below = ratio > 1 + reach, ratio < 1 - reach
-    inside = np.where(above | below, np.nan, ratio)
-    axis.errorbar(centers, inside, bars, fmt=".", ms=4, lw=0.9, color=COLORS["generated"])
-    for outside, marker, height in ((above, "^", 1 + 0.92 * reach), (below, "v", 1 - 0.92 * reach)):
-        axis.plot(centers[outside], np.full(outside.sum(), height), marker, ms=3.5, color=COLORS["generated"])
-    axis.set_ylim(1 - reach, 1 + reach)
-
-
-def _pair(axis, edges: np.ndarray, values: Sequence[np.ndarray], errors: Sequence[np.ndarray]) -> None:
-    """Real as a filled histogram, generated as a line with its errors."""
-    axis.stairs(values[0], edges, fill=True, color=COLORS["real"], alpha=0.18, label="real")
-    axis.stairs(values[0], edges, color=COLORS["real"], lw=0.9)
-    axis.stairs(values[1], edges, color=COLORS["generated"], lw=1.4, label="generated")
-    centers = (edges[:-1] + edges[1:]) / 2
-    for i, name in enumerate(NAMES):
-        axis.errorbar(centers, values[i], errors[i], fmt="none", color=COLORS[name], lw=0.8)
-
-
 def _draw_observable(top, bottom, samples: Sequence[ShowerObservables], name: str, bins: int) -> None:
     values = [o.scalars[name][np.isfinite(o.scalars[name])] for o in samples]
     for sample, label in zip(values, NAMES, strict=True):
@@ -115,11 +83,11 @@ def _draw_observable(top, bottom, samples: Sequence[ShowerObservables], name: st
     counts = [np.histogram(v, edges)[0].astype(float) for v in values]
     scale = [1 / (len(v) * np.diff(edges)) for v in values]
     heights, errors = ([f(c) * s for c, s in zip(counts, scale, strict=True)] for f in (np.asarray, np.sqrt))
-    _pair(top, edges, heights, errors)
+    draw_pair(top, edges, heights, errors)
     top.set_ylim(0, 1.3 * max(h.max() for h in heights))
     unit = "hit" if name == "num_hits" else OBSERVABLES[name][1].rstrip("s")
     top.set_ylabel(f"fraction of showers / {unit}" if unit else "normalised to 1")
-    _ratio(bottom, edges, heights, errors)
+    draw_ratio(bottom, edges, heights, errors)
     bottom.set_xlim(edges[0], edges[-1])
     label = AXES.get(name, OBSERVABLES[name][0])
     if name == "start_layer":
@@ -138,7 +106,7 @@ def _draw_profile(top, bottom, samples: Sequence[ShowerObservables], name: str) 
     edges = samples[0].edges[name]
     means = [o.profiles[name].mean(axis=0) for o in samples]
     errors = [o.profiles[name].std(axis=0) / np.sqrt(len(o)) for o in samples]
-    _pair(top, edges, means, errors)
+    draw_pair(top, edges, means, errors)
     xlabel, ylabel = PROFILE_AXES[name]
     top.set_ylabel(ylabel)
     last = edges[-1]
@@ -148,7 +116,7 @@ def _draw_profile(top, bottom, samples: Sequence[ShowerObservables], name: str) 
         top.set_ylim(0.5 * min(m[m > 0].min() for m in means), 3 * max(m.max() for m in means))
     else:
         top.set_ylim(0, 1.3 * max(m.max() for m in means))
-    _ratio(bottom, edges, means, errors)
+    draw_ratio(bottom, edges, means, errors)
     bottom.set_xlim(edges[0], last)
     bottom.xaxis.get_major_locator().set_params(integer=True)
     bottom.set_xlabel(xlabel)
@@ -160,7 +128,7 @@ def _draw_cell_energy(top, bottom, samples: Sequence[ShowerObservables]) -> None
     tables = [o.profiles["all_cell_energy"] for o in samples]
     means = [t.mean(axis=0) for t in tables]
     errors = [t.std(axis=0) / np.sqrt(len(t)) for t in tables]  # over showers: the cells of one are not independent
-    _pair(top, edges, means, errors)
+    draw_pair(top, edges, means, errors)
     top.set_xscale("log")
     top.set_yscale("log")
     some = np.flatnonzero(sum(means) > 0)
@@ -168,7 +136,7 @@ def _draw_cell_energy(top, bottom, samples: Sequence[ShowerObservables]) -> None
     high = edges[some.max() + 1]
     top.set_ylim(0.5 * min(m[m > 0].min() for m in means), 8 * max(m.max() for m in means))
     top.set_ylabel("mean number of cells / bin")
-    _ratio(bottom, edges, means, errors)
+    draw_ratio(bottom, edges, means, errors)
     for axis in (top, bottom):
         axis.set_xlim(low, high)
         if cut > low:
@@ -195,7 +163,7 @@ def _draw(top, bottom, samples: Sequence[ShowerObservables], name: str, bins: in
     bottom.set_ylabel("gen. / real")
 
 
-@_styled
+@styled
 def plot_observable(
     real: ShowerObservables,
     generated: ShowerObservables,
@@ -213,13 +181,13 @@ def plot_observable(
         bins (`int`): of the histogram of an observable.
         title (`str`, *optional*): default: incident energies and sample sizes.
     """
-    figure, axes = _subplots(2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1))
+    figure, axes = subplots(2, 1, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1))
     _draw(axes[0, 0], axes[1, 0], (real, generated), name, bins)
     figure.suptitle(title or _title(real, generated), fontsize=11)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_overview(
     real: ShowerObservables,
     generated: ShowerObservables,
@@ -232,7 +200,7 @@ def plot_overview(
     """Several observables and profiles in rows of three, each with its ratio; arguments as `plot_observable`."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _subplots(2 * rows, columns, figsize=(5.2 * columns, 4.6 * rows), height_ratios=(3, 1) * rows)
+    figure, axes = subplots(2 * rows, columns, figsize=(5.2 * columns, 4.6 * rows), height_ratios=(3, 1) * rows)
     for number, name in enumerate(names):
         row, column = divmod(number, columns)
         top, bottom = axes[2 * row, column], axes[2 * row + 1, column]
@@ -244,10 +212,10 @@ def plot_overview(
         axes[2 * row, column].remove()
         axes[2 * row + 1, column].remove()
     figure.suptitle(title or _title(real, generated), fontsize=13)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_response(
     real: ShowerObservables,
     generated: ShowerObservables,
@@ -264,7 +232,7 @@ def plot_response(
     edges = energy_bins(real.incident_energy) if edges is None else np.asarray(edges, dtype=np.float64)
     rows = [energy_response(o, edges) for o in (real, generated)]
     table = [{key: np.array([row[key] for row in part], dtype=float) for key in part[0]} for part in rows]
-    figure, axes = _subplots(2, 2, figsize=(11, 5.4), sharex=True, height_ratios=(3, 1))
+    figure, axes = subplots(2, 2, figsize=(11, 5.4), sharex=True, height_ratios=(3, 1))
     half = np.diff(edges) / 2
     labels = {
         "response": r"$\mu_{90}(E_\mathrm{vis}/E_\mathrm{inc})$ [%]",
@@ -284,15 +252,15 @@ def plot_response(
         top.set_ylim(low, known.max() + (0.4 * (known.max() - low) if key == "resolution" else 0.7 * room))
         top.set_ylabel(label)
         top.legend(loc="upper right", ncols=2)
-        _ratio(bottom, edges, *([np.nan_to_num(v) for v in pair] for pair in (values, errors)))
+        draw_ratio(bottom, edges, *([np.nan_to_num(v) for v in pair] for pair in (values, errors)))
         bottom.set_xlabel("incident energy [GeV]")
         bottom.set_xlim(edges[0], edges[-1])
     axes[1, 0].set_ylabel("gen. / real")
     figure.suptitle(title or _title(real, generated), fontsize=11)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_correlations(
     real: ShowerObservables,
     generated: ShowerObservables,
@@ -311,10 +279,10 @@ def plot_correlations(
         ("generated", 100 * matrices[1], 100),
         ("generated $-$ real", difference, reach),
     )
-    figure, axes = _subplots(1, 3, figsize=(17.5, 5.4))
+    figure, axes = subplots(1, 3, figsize=(17.5, 5.4))
     size = len(labels)
     for axis, (heading, values, limit) in zip(axes[0], panels, strict=True):
-        color = _colormap("RdBu_r", bad="none")
+        color = colormap("RdBu_r", bad="none")
         image = axis.imshow(
             np.tril(values) + np.triu(np.full_like(values, np.nan), 1), vmin=-limit, vmax=limit, cmap=color
         )
@@ -332,7 +300,7 @@ def plot_correlations(
         axis.set_title(heading)
         figure.colorbar(image, ax=axis, shrink=0.8, label="difference [%]" if axis is axes[0, 2] else "correlation [%]")
     figure.suptitle(title or _title(real, generated), fontsize=11)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _shower_map(showers: Showers, axes: tuple[str, str]) -> np.ndarray:
@@ -344,7 +312,7 @@ def _shower_map(showers: Showers, axes: tuple[str, str]) -> np.ndarray:
     return np.where(energy > 0, energy, np.nan)
 
 
-@_styled
+@styled
 def plot_event_display(
     real: Any,
     generated: Any,
@@ -369,7 +337,7 @@ def plot_event_display(
         if not len(sample) or not len(sample.energy):
             raise ValueError(f"{name}: no hit above {cut:g} MeV to plot")
     views = (("z", "y"), ("z", "x"), ("x", "y"))
-    figure, axes = _subplots(2, 3, figsize=(11, 7.6))
+    figure, axes = subplots(2, 3, figsize=(11, 7.6))
     mean = any(len(s) > 1 for s in shown)
     for column, view in enumerate(views):
         maps = [_shower_map(s, view) for s in shown]
@@ -380,7 +348,7 @@ def plot_event_display(
             height, width = values.shape
             edges = np.arange(width + 1) - 0.5, np.arange(height + 1) - 0.5
             norm = LogNorm(low, max(top, 1.01 * low))
-            mesh = axis.pcolormesh(*edges, values, norm=norm, cmap=_colormap("viridis"), rasterized=True)
+            mesh = axis.pcolormesh(*edges, values, norm=norm, cmap=colormap("viridis"), rasterized=True)
             axis.set_xlabel("layer $z$" if view[0] == "z" else f"${view[0]}$ [cells]")
             axis.set_ylabel(f"${view[1]}$ [cells]")
             axis.set_aspect("equal")
@@ -394,4 +362,4 @@ def plot_event_display(
         label = "mean energy [MeV]" if mean else "energy [MeV]"
         figure.colorbar(mesh, ax=axes[:, column].tolist(), label=label, location="bottom", shrink=0.8, aspect=35)
     figure.suptitle(title or ("mean of showers" if mean else "one shower each"), fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)

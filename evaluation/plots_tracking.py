@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hepzoo.evaluation.plots_dirc import _colormap, _finish, _styled, _subplots
+from hepzoo.evaluation.figures import colormap, finish, styled, subplots
 from hepzoo.evaluation.tracking import (
     NOISE_ID,
     UNASSIGNED,
@@ -26,7 +26,7 @@ NOISE_COLOR, FAKE_COLOR = "0.75", "0.1"
 
 def _track_colors(number: int) -> np.ndarray:
     """Colours (`number`, 4) of which neighbours differ well."""
-    return _colormap("turbo")(np.modf(np.arange(number) * 0.618034 + 0.1)[0] * 0.9 + 0.05)
+    return colormap("turbo")(np.modf(np.arange(number) * 0.618034 + 0.1)[0] * 0.9 + 0.05)
 
 
 def _found_colors(event: TpcEvents, colors: dict[int, Any], noise_id: int | None) -> tuple[dict[int, Any], list[str]]:
@@ -48,7 +48,7 @@ def _found_colors(event: TpcEvents, colors: dict[int, Any], noise_id: int | None
     ]
 
 
-@_styled
+@styled
 def plot_event(
     events: TpcEvents,
     number: int = 0,
@@ -119,14 +119,14 @@ def plot_event(
                 if column == 0:
                     axis.set_aspect("equal")
     figure.suptitle(title or "; ".join(notes), fontsize=13)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _is(color: Any, wanted: str) -> bool:
     return isinstance(color, str) and color == wanted
 
 
-@_styled
+@styled
 def plot_efficiency(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     path: str | Path | None = None,
@@ -142,7 +142,7 @@ def plot_efficiency(
     Raises:
         ValueError: no bin of any table has tracks.
     """
-    figure, axes = _subplots(1, 2, figsize=(12, 4.6))
+    figure, axes = subplots(1, 2, figsize=(12, 4.6))
     panels = (("efficiency", "true_tracks", "track finding efficiency"), ("purity", "found_tracks", "mean purity"))
     for axis, (name, count, label) in zip(axes[0], panels, strict=True):
         drawn = 0
@@ -181,10 +181,10 @@ def plot_efficiency(
         axes[0, 0].text(0.02, 0.02, "last bin: all above", transform=axes[0, 0].transAxes, fontsize=8, color="0.4")
     if title:
         figure.suptitle(title, fontsize=12)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_scaling(
     runs: Sequence[Mapping[str, Any]],
     fit: Mapping[str, float] | None = None,
@@ -199,7 +199,7 @@ def plot_scaling(
         fit (*optional*): `amplitude`, `exponent` and its `exponent_error` of error = amplitude * compute ^ -exponent.
         title (`str`, *optional*): none by default.
     """
-    figure, ((axis,),) = _subplots(1, 1, figsize=(6.8, 4.8))
+    figure, ((axis,),) = subplots(1, 1, figsize=(6.8, 4.8))
     for number, size in enumerate(dict.fromkeys(run["size"] for run in runs)):
         of_size = sorted((run["compute"], run["error"]) for run in runs if run["size"] == size)
         axis.plot(*zip(*of_size), "osD^v<>"[number % 7] + "-", ms=5, lw=1, color=f"C{number}", label=size)
@@ -214,10 +214,10 @@ def plot_scaling(
     axis.legend()
     if title:
         axis.set_title(title)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
-@_styled
+@styled
 def plot_pt_spectrum(
     events: TpcEvents,
     path: str | Path | None = None,
@@ -239,7 +239,7 @@ def plot_pt_spectrum(
     table = contingency(events.event, events["track_id"], events["predicted_track_id"], len(events))
     matches = match_tracks(table, noise_id)
     pt = look_up_truth(events, matches.true_event, matches.true_id, "truth_pt")
-    figure, ((axis,),) = _subplots(1, 1, figsize=(6.8, 4.6))
+    figure, ((axis,),) = subplots(1, 1, figsize=(6.8, 4.6))
     axis.stairs(np.histogram(pt, edges)[0], edges, color="0.2", lw=1.5, label="true tracks")
     axis.stairs(np.histogram(pt[matches.true_found], edges)[0], edges, fill=True, color="C0", alpha=0.6, label="found")
     axis.set_yscale("log")
@@ -247,4 +247,4 @@ def plot_pt_spectrum(
     axis.set_ylabel("tracks / bin")
     axis.legend()
     axis.set_title(title or f"{len(events):,} events, {len(pt):,} true tracks")
-    return _finish(figure, path)
+    return finish(figure, path)

@@ -187,6 +187,11 @@ def _array(value: Any, where: str) -> np.ndarray:
 
 def _incident(column: Any, first_row: int) -> np.ndarray:
     if hasattr(column, "combine_chunks"):
+        import pyarrow as pa
+
+        # numpy before 2.4 takes a list of one number for a number
+        if pa.types.is_nested(column.type):
+            raise ValueError(f"column 'incident_energy' holds {column.type}, expected one number per row")
         column = column.combine_chunks().to_numpy(zero_copy_only=False)
     try:
         values = np.asarray(column, dtype=np.float64)

@@ -14,7 +14,7 @@ EMA_FOLDER = "ema"
 
 class LossMonitor(TrainerCallback):
     """
-    Adds to the logs of `Trainer`: the loss of each token stream, validation perplexities, and the training speed.
+    Adds to the logs of `Trainer`: the loss of each token stream, validation perplexities, and the speed of training.
 
     A multi-stream model returns `stream_losses`, a tuple of scalars that are divided, like its loss, by the number of
     targets per stream. Logged are `loss_<stream>` in training, `eval_loss_<stream>` and `eval_perplexity_<stream>` in
@@ -22,7 +22,7 @@ class LossMonitor(TrainerCallback):
     Streams are named by `config.stream_names`, else numbered. Other parts of the loss that the model returns as
     `<part>_loss` (energy, stop, load balance) are logged as `loss_<part>` and `eval_loss_<part>`.
 
-    `tokens_per_second()` counts positions that are not padding, on all ranks.
+    `train_tokens_per_second`, at the end, counts positions that are not padding, on all ranks.
     """
 
     def __init__(self):
@@ -52,9 +52,6 @@ class LossMonitor(TrainerCallback):
         self.tokens = 0
         self._reset_training()
         self.train_step = state.global_step
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.elapsed = time.perf_counter() - self.started
 
     @torch.no_grad()
     def _after_forward(self, model, args, kwargs, output):
@@ -103,6 +100,10 @@ class LossMonitor(TrainerCallback):
             extra = {f"loss_{name}": total / steps for name, total in zip(self.train_sums, sums, strict=True)}
             self._reset_training()
             self.train_step = state.global_step
+        elif "train_runtime" in logs:
+            (tokens,) = _sum_over_ranks([self.tokens])
+            elapsed = time.perf_counter() - self.started
+            extra = {"train_tokens_per_second": round(tokens / max(elapsed, 1e-9), 1)}
         elif "eval_loss" in logs:
             if self.eval_sums:
                 sums = _sum_over_ranks(self.eval_sums.values())
@@ -115,15 +116,10 @@ class LossMonitor(TrainerCallback):
                 self._reset_validation()
             else:
                 extra["eval_perplexity"] = _exp(logs["eval_loss"])
-        # the same dict becomes the metrics that `evaluate` returns
+        # the same dict becomes the metrics that `train` and `evaluate` return
         logs.update(extra)
         if extra and state.log_history:
             state.log_history[-1].update(extra)
-
-    def tokens_per_second(self) -> float:
-        """Real positions per second of the last training, all ranks together."""
-        (tokens,) = _sum_over_ranks([self.tokens])
-        return tokens / max(self.elapsed, 1e-9)
 
 
 class EMACallback(TrainerCallback):

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging as python_logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 from transformers.utils import logging
 
 from hepzoo.training.data import InputError, _scalar, parse_assignments
@@ -157,6 +158,9 @@ def prepare_run(training_args: TrainingArguments) -> None:
         import datasets
 
         datasets.disable_progress_bars()
+    if training_args.hub_token is not None:
+        # Trainer pickles its arguments into training_args.bin, which --push_to_hub publishes
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
     if training_args.label_names is None:
         # Trainer takes every forward argument with "label" in its name for one that a batch must have
         training_args.label_names = ["labels"]
@@ -194,7 +198,9 @@ def run_script(main: Callable[[], int | None], name: str) -> None:
     try:
         status = main()
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        # that of a worker process has the traceback in front
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        print(f"{name}: error: {line}", file=sys.stderr)
         status = 2
     sys.exit(status or 0)
 
@@ -461,6 +467,26 @@ class PhysicsTrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": 1}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
+    def init_hf_repo(self, *args, **kwargs):
+        """
+        As that of `Trainer`.
+
+        Raises:
+            InputError: the repository cannot be made.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        # its bases are OSError and the errors of the HTTP client, which depends on the version
+        except (ValueError, *HfHubHTTPError.__bases__) as error:
+            raise InputError(f"--push_to_hub: {_one_line(error)}") from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        # Trainer uploads weights and configuration of a checkpoint, but not the code that they need
+        if self.is_world_process_zero():
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, **kwargs):
         """Writes `README.md` into the output folder. Extra metadata of the card: `license`, `tags`."""
         if not self.is_world_process_zero():
@@ -468,6 +494,10 @@ class PhysicsTrainer(Trainer):
         from huggingface_hub import ModelCardData
 
         args, model = self.args, self.accelerator.unwrap_model(self.model)
+        # where uploads go to, with its owner
+        repository = self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name
+        start = model.config.name_or_path or None
+        is_local = start is not None and os.path.exists(start)
         metrics = self.card.get("metrics", {})
         data = self.card.get("data", "not stated")
         metadata = ModelCardData(
@@ -475,9 +505,11 @@ class PhysicsTrainer(Trainer):
             license=kwargs.get("license", "apache-2.0"),
             tags=sorted({"physics", "hepzoo", model.config.model_type, *(kwargs.get("tags") or ())}),
             datasets=self.card.get("datasets"),
+            base_model=None if is_local else start,
             pipeline_tag=self.card.get("pipeline_tag"),
         )
         settings = {
+            "starting weights": f"`{Path(start).name if is_local else start}`" if start else None,
             "training records": self.card.get("train_samples"),
             "steps": self.state.global_step,
             "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -495,8 +527,8 @@ class PhysicsTrainer(Trainer):
         header = ["| measure | validation |", "| --- | --- |"]
         text = CARD.format(
             metadata=metadata.to_yaml(),
-            name=Path(args.hub_model_id or os.path.abspath(args.output_dir)).name,
-            repository=args.hub_model_id or Path(os.path.abspath(args.output_dir)).name,
+            name=repository.split("/")[-1],
+            repository=repository,
             model_class=type(model).__name__,
             model_type=model.config.model_type,
             parameters=model.num_parameters() / 1e6,
@@ -540,6 +572,30 @@ def describe_data(data_args: Any) -> str:
         names = [data_args.train_file] if isinstance(data_args.train_file, str) else data_args.train_file
         return ", ".join(f"`{Path(name).name}`" for name in names)
     return f"`{data_args.dataset_name}`" if data_args.dataset_name else "not stated"
+
+
+def train_and_evaluate(trainer: PhysicsTrainer, checkpoint: str | None) -> None:
+    """
+    Training and validation as the arguments of `trainer` ask for, with model, metrics and state in the output folder.
+
+    Args:
+        checkpoint: that training resumes from.
+    """
+    if trainer.args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        # a stream does not know its length
+        if has_length(trainer.train_dataset):
+            metrics["train_samples"] = trainer.card["train_samples"] = len(trainer.train_dataset)
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if trainer.args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(trainer.eval_dataset)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        trainer.card["metrics"] = metrics
 
 
 def finish(trainer: Trainer, training_args: TrainingArguments) -> None:

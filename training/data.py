@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,6 +216,7 @@ def load_raw_datasets(
     training_args: TrainingArguments,
     model_args: Any = None,
     columns: Sequence[str] | None = None,
+    repeat: bool = True,
 ) -> RawDatasets:
     """
     The record datasets that the run needs.
@@ -224,6 +226,7 @@ def load_raw_datasets(
 
     Args:
         columns: see `load_split`.
+        repeat: make the stream endless. With `encode_dataset`, which does so itself, it must not be.
 
     Raises:
         InputError: data is missing or unreadable.
@@ -271,13 +274,21 @@ def load_raw_datasets(
                 dataset = dataset.select(np.sort(chosen))
             setattr(raw, name, dataset)
     if data_args.streaming and raw.train is not None:
-        # Repeated before shuffled, so that every pass has its own order; endless, so that ranks with fewer or
-        # smaller shards keep step with the others.
-        raw.train = raw.train.repeat(None).shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
+        if repeat:
+            raw.train = endless(raw.train, data_args, training_args)
         # Every rank reads its own shards; batches of different length cannot be dispatched from rank 0.
         if training_args.accelerator_config.dispatch_batches is None:
             training_args.accelerator_config.dispatch_batches = False
     return raw
+
+
+def endless(stream: Any, data_args: DataTrainingArguments, training_args: TrainingArguments) -> Any:
+    """
+    The stream, repeated and shuffled: in this order, so that every pass has its own; endless, so that ranks with fewer
+    or smaller shards keep step with the others.
+    """
+    seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
+    return stream.repeat(None).shuffle(seed=seed, buffer_size=data_args.shuffle_buffer_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,11 +334,44 @@ class Encoder:
         return encoded
 
 
+def describe_dropped(reasons: Mapping[str, int]) -> str:
+    """Counts by reason, in brackets; nothing if there are none."""
+    return f" ({', '.join(f'{reason} x {number}' for reason, number in reasons.items())})" if reasons else ""
+
+
+@dataclass
+class StreamEncoder:
+    """
+    An `Encoder` for the passes of an endless stream, which ends one that has no usable row: it would be read forever.
+
+    The rows of every pass count from 0 (in a process that reads a part of the files, those of its part).
+    """
+
+    encoder: Encoder
+    rows: int = 0
+    kept: int = 0
+    dropped_before: Counter = field(default_factory=Counter)
+
+    def __call__(self, columns: Mapping, indices: list[int]) -> dict[str, Any]:
+        dropped = Counter(getattr(self.encoder.tokenizer, "dropped", ()))
+        if indices[0] == 0:
+            if self.rows and not self.kept:
+                raise InputError(
+                    f"{self.encoder.name}: all {self.rows} rows of a pass over the stream were dropped as invalid"
+                    f"{describe_dropped(dropped - self.dropped_before)}"
+                )
+            self.rows, self.kept, self.dropped_before = 0, 0, dropped
+        encoded = self.encoder(columns, indices)
+        self.rows += len(indices)
+        self.kept += len(next(iter(encoded.values())))
+        return encoded
+
+
 def encode_dataset(
     dataset: Any, encoder: Encoder, data_args: DataTrainingArguments, training_args: TrainingArguments
 ) -> Any:
     """
-    Tokenised dataset: cached on disk, or on the way if `dataset` is a stream.
+    Tokenised dataset: cached on disk, or, of a stream, endless and tokenised on the way.
 
     Raises:
         InputError: a row cannot be tokenised (a stream raises it when it gets there), or none is left.
@@ -346,7 +390,8 @@ def encode_dataset(
         except ValueError as error:
             raise InputError(str(error)) from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        return dataset.map(encoder, **arguments)
+        return endless(dataset.map(StreamEncoder(encoder), **arguments), data_args, training_args)
+    dropped_before = Counter(getattr(encoder.tokenizer, "dropped", ()))
     with training_args.main_process_first(desc=f"tokenising the {encoder.name}"):
         encoded = dataset.map(
             encoder,
@@ -359,7 +404,8 @@ def encode_dataset(
     if dropped:
         logger.warning(f"{encoder.name}: {dropped} of {len(dataset)} rows dropped as invalid")
     if len(encoded) == 0:
-        raise InputError(f"{encoder.name}: all {len(dataset)} rows were dropped as invalid")
+        reasons = Counter(getattr(encoder.tokenizer, "dropped", ())) - dropped_before
+        raise InputError(f"{encoder.name}: all {len(dataset)} rows were dropped as invalid{describe_dropped(reasons)}")
     return encoded
 
 

@@ -30,6 +30,7 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
     write_parquet,
 )
 from hepzoo.training.data import (
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_last_checkpoint(training_args) if training_args.do_train else None
 
     config, tokenizer = load_config_and_tokenizer(model_args)
-    raw = load_raw_datasets(data_args, training_args, model_args)
+    raw = load_raw_datasets(data_args, training_args, model_args, repeat=False)
     tokenizer_kwargs = parse_assignments(data_args.tokenizer_kwargs, "tokenizer_kwargs")
     labelled = {**tokenizer_kwargs, "return_class_ids": True}
     class_names = choose_classes(head_args.classes, tokenizer, config)
@@ -248,20 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         "datasets": data_args.dataset_name,
     }
 
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(encoded["training data"])
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(encoded["validation data"])
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
+    train_and_evaluate(trainer, checkpoint)
     if training_args.do_predict:
         test = encoded["test data"]
         output = trainer.predict(test)

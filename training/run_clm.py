@@ -23,6 +23,7 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
 )
 from hepzoo.training.data import (
     DataCollatorForCausalPhysics,
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_last_checkpoint(training_args) if training_args.do_train else None
 
     config, tokenizer = load_config_and_tokenizer(model_args)
-    raw = load_raw_datasets(data_args, training_args, model_args)
+    raw = load_raw_datasets(data_args, training_args, model_args, repeat=False)
     tokenizer_kwargs = parse_assignments(data_args.tokenizer_kwargs, "tokenizer_kwargs")
     train_dataset, eval_dataset = (
         encode_dataset(dataset, Encoder(tokenizer, name, tokenizer_kwargs), data_args, training_args)
@@ -84,7 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     model = load_model(AutoModelForCausalLM, model_args, config)
     logger.info(f"{type(model).__name__}: {model.num_parameters():,} parameters")
 
-    monitor = LossMonitor()
     trainer = PhysicsTrainer(
         model=model,
         args=training_args,
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         data_collator=DataCollatorForCausalPhysics(
             tokenizer, data_args.pad_to_multiple_of, data_args.pad_to_max_length
         ),
-        callbacks=[monitor],
+        callbacks=[LossMonitor()],
         optimizer_cls_and_kwargs=optimizer_arguments(model_args, training_args),
     )
     trainer.card = {
@@ -104,22 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         "datasets": data_args.dataset_name,
     }
 
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        metrics = result.metrics
-        metrics["train_tokens_per_second"] = round(monitor.tokens_per_second(), 1)
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(train_dataset)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(eval_dataset)
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
+    train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
 

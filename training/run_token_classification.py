@@ -33,6 +33,7 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
     write_parquet,
 )
 from hepzoo.training.data import (
@@ -269,20 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         "datasets": data_args.dataset_name,
     }
 
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(raw.train)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(raw.validation)
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
+    train_and_evaluate(trainer, checkpoint)
     if training_args.do_predict:
         records = fixed[2]
         output = trainer.predict(number_rows(records))

@@ -26,6 +26,7 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
 )
 from hepzoo.training.data import (
     DataTrainingArguments,
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         wanted = parse_assignments(model_args.config_overrides, "config_overrides").get("num_features")
         config.num_features = len(tokenizer.feature_names) if wanted is None else wanted
 
-    raw = load_raw_datasets(data_args, training_args, model_args)
+    raw = load_raw_datasets(data_args, training_args, model_args, repeat=False)
     tokenizer_kwargs = parse_assignments(data_args.tokenizer_kwargs, "tokenizer_kwargs")
     tokenizer_kwargs.update(return_input_ids=False, return_class_ids=False)
     train_dataset, eval_dataset = (
@@ -181,20 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "datasets": data_args.dataset_name,
     }
 
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(train_dataset)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(eval_dataset)
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
+    train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
 

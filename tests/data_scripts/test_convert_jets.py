@@ -19,9 +19,9 @@ from hepzoo.data_scripts.convert_aspenopenjets import (
 )
 from hepzoo.data_scripts.convert_jetclass import describe_jetclass, read_jetclass
 from hepzoo.data_scripts.convert_toptagging import describe_jets, jetnet_type, read_jets
+from hepzoo.data_scripts.hdf5_files import UnreadableFileError
 from hepzoo.data_scripts.jet_files import convert_files
 from hepzoo.data_scripts.jets_schema import JETS_FEATURES, LABEL_COLUMNS, PARTICLE_FLAGS, REQUIRED_COLUMNS
-from hepzoo.data_scripts.showers_hdf5 import UnreadableFileError
 
 h5py = pytest.importorskip("h5py")
 

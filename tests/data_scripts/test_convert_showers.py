@@ -8,10 +8,10 @@ from datasets import load_dataset
 
 from hepzoo.data_scripts import convert_showers, showers_hdf5
 from hepzoo.data_scripts.convert_showers import convert_files
+from hepzoo.data_scripts.hdf5_files import UnreadableFileError
 from hepzoo.data_scripts.showers_hdf5 import (
     LAYOUTS,
     ReadOptions,
-    UnreadableFileError,
     count_showers,
     detect_layout,
     read_showers_hdf5,

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from hepzoo.evaluation import plot_showers, plots_showers
+from hepzoo.evaluation import figures, plot_showers, plots_showers
 from hepzoo.evaluation.showers import OBSERVABLES, PROFILES, observe, read_showers
 from tests.evaluation.test_showers import EMPTY, RECORD, toy_showers, write_showers
 
@@ -66,9 +66,9 @@ def test_correlations_and_response(samples):
 
 
 def test_ratio_far_outside_and_empty_bins():
-    _, axes = plots_showers._subplots(1, 1, figsize=(3, 3))
+    _, axes = figures.subplots(1, 1, figsize=(3, 3))
     values = [np.array([1.0, 1.0, 0.0, 1.0]), np.array([1.01, 9.0, 1.0, 0.0])]
-    plots_showers._ratio(axes[0, 0], np.arange(5.0), values, [0.05 * v for v in values])
+    figures.draw_ratio(axes[0, 0], np.arange(5.0), values, [0.05 * v for v in values])
     low, high = axes[0, 0].get_ylim()
     markers = {line.get_marker(): line.get_ydata() for line in axes[0, 0].lines if len(line.get_xdata())}
     assert low < 1.01 < high < 9 and "^" in markers and all(low < y < high for y in markers["^"])

@@ -380,7 +380,7 @@ def test_hostile_pickle_bombs_take_neither_time_nor_memory(bomb, tmp_path):
     import tracemalloc
 
     path = checkpoint_with(tmp_path / "model.ckpt", BOMBS[bomb])
-    start = time.perf_counter()
+    start = time.process_time()
     tracemalloc.start()
     try:
         assert list(load_checkpoint(path)) == ["w"]
@@ -389,7 +389,7 @@ def test_hostile_pickle_bombs_take_neither_time_nor_memory(bomb, tmp_path):
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     assert peak < 200 * 2**20
 
 

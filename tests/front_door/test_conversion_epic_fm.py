@@ -15,11 +15,12 @@ from hepzoo import EpicFMConfig, EpicFMForGeneration
 from hepzoo.conversion import main as convert
 
 SIZES = {"hidden_size": 16, "latent_size": 5, "num_hidden_layers": 2, "num_frequencies": 4, "max_num_particles": 12}
+PUBLISHED = {"time_embedding": "cosine", "output_activation": True, "num_inference_steps": 99}
 
 
 def build(seed=0, **settings):
     torch.manual_seed(seed)
-    config = EpicFMConfig(**{**SIZES, "time_embedding": "cosine", "output_activation": True, **settings})
+    config = EpicFMConfig(**{**SIZES, **PUBLISHED, **settings})
     return EpicFMForGeneration(config).eval()
 
 

@@ -1,22 +1,18 @@
 """`hepzoo convert omnijet`: Lightning checkpoints and configurations in the published layouts."""
 
 import copy
-import enum
 import functools
 import json
-import pathlib
 import sys
-import types
 
-import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import hepzoo
 from hepzoo.conversion import main as convert
+from tests import lightning_checkpoints
 from tests.golden_sets import DEFAULT_FOLDER
 
 VQVAES = ("omnijet_vqvae_mlp", "omnijet_vqvae_transformer", "omnijet_c/vqvae", "omnijet_ntp/vqvae")
@@ -49,76 +45,8 @@ def reference(name: str) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(folder / "state_dict.safetensors"), json.loads((folder / "config.json").read_text())
 
 
-class Stateful:
-    """Base of the classes that a Lightning checkpoint names: anything with attributes."""
-
-    def __init__(self, **state):
-        self.__dict__.update(state)
-
-
-def lightning_checkpoint(state_dict: dict, path, protocol: int = 2):
-    """What Lightning writes: weights beside partial objects of packages that are gone when the file is read."""
-    names = {
-        "omegaconf_gone.dictconfig": ("DictConfig", "AnyNode"),
-        "lightning_gone.utilities": ("AttributeDict",),
-        "gabbro_gone.optim": ("Ranger", "Scheduler"),
-        "gabbro_gone.config": ("PaddingMode",),
-    }
-    before = set(sys.modules)
-    made = {}
-    for module_name, classes in names.items():
-        for parent in (module_name.split(".")[0], module_name):
-            sys.modules.setdefault(parent, types.ModuleType(parent))
-        for name in classes:
-            if name == "PaddingMode":
-                made[name] = enum.Enum(name, {"ZERO": "zero"}, module=module_name)
-            else:
-                base = dict if name == "AttributeDict" else Stateful
-                made[name] = type(name, (base,), {"__module__": module_name})
-            setattr(sys.modules[module_name], name, made[name])
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.RAdam([parameter])
-    parameter.sum().backward()
-    optimizer.step()
-    checkpoint = {
-        "epoch": 59,
-        "global_step": 8000,
-        "state_dict": torch.nn.Module().state_dict() | state_dict,
-        "callbacks": {"ModelCheckpoint": {"dirpath": pathlib.PurePosixPath("/ckpt"), "score": torch.tensor(1.5)}},
-        "optimizer_states": [optimizer.state_dict()],
-        "hyper_parameters": made["AttributeDict"](
-            optimizer=functools.partial(made["Ranger"], lr=1e-3),
-            scheduler=functools.partial(made["Scheduler"]),
-            model_kwargs=made["DictConfig"](_content={"affine_lr": made["AnyNode"](_val=2)}),
-            padding=made["PaddingMode"].ZERO,
-            best=np.float64(2.5),
-        ),
-    }
-    try:
-        torch.save(checkpoint, path, pickle_protocol=protocol)
-    finally:
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
-    return path
-
-
-def run_conversion(folder, state_dict: dict, config, protocol: int = 2):
-    checkpoint = lightning_checkpoint(state_dict, folder / "model.ckpt", protocol)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    output = folder / "out" / "omnijet"
-    arguments = ["--checkpoint", str(checkpoint), "--config", str(folder / "config.yaml"), "--output", str(output)]
-    assert convert(["omnijet", *arguments]) == 0
-    return output
-
-
-def assert_refused(folder, state_dict: dict, config, *expected: str):
-    with pytest.raises(ValueError) as caught:
-        run_conversion(folder, state_dict, config)
-    message = str(caught.value)
-    assert "\n" not in message
-    for words in expected:
-        assert words in message
-    assert not list((folder / "out").glob("**/*"))
+run_conversion = functools.partial(lightning_checkpoints.run_conversion, "omnijet")
+assert_refused = functools.partial(lightning_checkpoints.assert_refused, "omnijet")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,19 @@
 """Publishing and reading back through the Hub's protocol, against a server on the loopback interface."""
 
+import io
 import json
 import urllib.error
 import urllib.request
+import zipfile
 
 import pytest
+import yaml
+from safetensors.torch import load
 
 from tests.hub_server import HubServer
-from tests.subprocesses import checked, run_python
+from tests.subprocesses import answer, checked, run_python
+from tests.training.jets import make_jets, write_jets
+from tests.training_runs import make_tracks, write_tracks
 
 PUSH = """
 import json, sys
@@ -80,8 +86,8 @@ def published(tmp_path_factory):
     """The server with a model, its tokenizer and a data set pushed to it, and what the publisher had."""
     folder = tmp_path_factory.mktemp("publisher")
     with HubServer() as hub:
-        result = run_python(PUSH, folder, timeout=120, **hub.environment)
-        yield hub, json.loads(checked(result).splitlines()[-1])
+        result = run_python(PUSH, folder, **hub.environment)
+        yield hub, answer(result)
 
 
 def test_push_publishes_weights_code_tokenizer_and_card(published):
@@ -103,8 +109,8 @@ def test_pull_gives_what_was_pushed(published, tmp_path, with_hepzoo):
     """Who has hepzoo need not trust the code of a repository."""
     hub, pushed = published
     code, trust = (f"import hepzoo\n{PULL}", "local") if with_hepzoo else (PULL, "trust")
-    result = run_python(code, tmp_path, trust, hepzoo=with_hepzoo, timeout=120, **hub.environment)
-    pulled = json.loads(checked(result).splitlines()[-1])
+    result = run_python(code, tmp_path, trust, hepzoo=with_hepzoo, **hub.environment)
+    pulled = answer(result)
     for name in ("ids", "channels", "P"):
         assert pulled[name] == pushed[name], name
     assert pulled["shards"] == 3 and pulled["test"] == 5
@@ -113,6 +119,141 @@ def test_pull_gives_what_was_pushed(published, tmp_path, with_hepzoo):
     assert "int16" in pulled["features"]["pmtID"] and "float32" in pulled["features"]["leadTime"]
     start = "hepzoo." if with_hepzoo else "transformers_modules."
     assert all(name.startswith(start) for name in pulled["classes"])
+
+
+# every run in one process; the names of the repositories are those of the output folders
+TRAIN = """
+import importlib, json, sys
+for script, arguments in json.loads(sys.argv[1]):
+    assert importlib.import_module(f"hepzoo.training.{script}").main(arguments) == 0, script
+"""
+SECRET = "hf_given_on_the_command_line"
+SHORT = "--do_train --max_steps 2 --logging_steps 1 --use_cpu --disable_tqdm true --dataloader_pin_memory false"
+
+OPEN = """
+import json, sys, transformers
+found = {}
+for repository, (auto_class, processor_class) in json.loads(sys.argv[1]).items():
+    model = getattr(transformers, auto_class).from_pretrained(repository, trust_remote_code=True)
+    processor = getattr(transformers, processor_class).from_pretrained(repository, trust_remote_code=True)
+    total = sum(weight.double().sum().item() for weight in model.state_dict().values())
+    found[repository] = [type(model).__name__, type(processor).__name__, total]
+print(json.dumps(found))
+"""
+
+REFUSED = """
+import sys
+from hepzoo.training import run_clm
+from hepzoo.training.data import InputError
+for name in ("a/b/c", "tester/model"):
+    try:
+        run_clm.main([*sys.argv[1:], "--hub_model_id", name])
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(published, tmp_path_factory):
+    """The server after training scripts have run with --push_to_hub."""
+    hub, _ = published
+    folder = tmp_path_factory.mktemp("trainer")
+    tracks = [write_tracks(folder / f"{n}.parquet", make_tracks(12, n)) for n in (1, 2)]
+    jets = write_jets(folder / "jets.parquet", make_jets(16))
+    tuned = ["--model_name_or_path", "tester/generator", "--train_file", tracks[0], "--save_steps", "1"]
+    tuned += ["--validation_file", tracks[1], "--do_eval", "--hub_token", SECRET]
+    sizes = "codebook_size=8,latent_size=2,hidden_size=8,num_hidden_layers=1,num_attention_heads=2"
+    tokens = ["--config_overrides", sizes, "--train_file", jets, "--hub_model_id", "jet-tokens", "--save_steps", "1"]
+    sizes = "hidden_size=8,num_hidden_layers=1,num_attention_heads=2,num_head_layers=1,num_neighbors=3"
+    flow = ["--model_type", "omnilearned", "--config_overrides", sizes, "--train_file", jets, "--ema_decay", "0.5"]
+    flow += ["--hub_model_id", "tester/jet-flow", "--save_strategy", "no"]
+    runs = [("run_clm", "tuned", tuned), ("run_vqvae", "run_2", tokens), ("run_flow_matching", "run_3", flow)]
+    runs = [
+        (script, [*SHORT.split(), "--push_to_hub", "--output_dir", output, "--cache_dir", str(folder), *arguments])
+        for script, output, arguments in runs
+    ]
+    checked(run_python(TRAIN, folder, json.dumps(runs), **hub.environment))
+    return hub, folder
+
+
+def read_card(hub: HubServer, repository: str) -> tuple[dict, str]:
+    """Metadata and text of the card."""
+    _, metadata, text = hub.files("model", repository)["README.md"].decode().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_training_publishes_what_loads_at_every_commit(trained):
+    hub, _ = trained
+    for name in ("tester/tuned", "tester/jet-tokens", "tester/jet-flow"):
+        commits = hub.repositories["model", name].commits[1:]
+        assert commits
+        for files in commits:
+            config = json.loads(files["config.json"])
+            code = {f"{reference.split('.')[0]}.py" for reference in config["auto_map"].values()}
+            assert {*code, "model.safetensors"} <= set(files), name
+        assert {"train_results.json", "trainer_state.json", "README.md"} <= set(commits[-1])
+        assert not [path for path in commits[-1] if path.startswith("checkpoint")]
+    assert "vqvae/model.safetensors" in hub.files("model", "tester/jet-tokens")
+    flow = hub.files("model", "tester/jet-flow")
+    assert load(flow["model.safetensors"]).keys() == load(flow["ema/model.safetensors"]).keys()
+
+
+def test_cards_say_what_was_trained(trained):
+    hub, _ = trained
+    metadata, text = read_card(hub, "tester/tuned")
+    assert metadata["base_model"] == "tester/generator" and metadata["license"] == "apache-2.0"
+    assert metadata["tags"] == ["cmhca_dirc", "hepzoo", "physics"] and "datasets" not in metadata
+    assert 'AutoModelForCausalLM.from_pretrained("tester/tuned")' in text and "`1.parquet`" in text
+    loss = json.loads(hub.files("model", "tester/tuned")["eval_results.json"])["eval_loss"]
+    for line in ("| training records | 12 |", "| steps | 2 |", "| batch size | 8 |", f"| loss | {loss:.4g} |"):
+        assert line in text.splitlines()
+    metadata, text = read_card(hub, "tester/jet-tokens")
+    assert "base_model" not in metadata and 'AutoTokenizer.from_pretrained("tester/jet-tokens")' in text
+    _, text = read_card(hub, "tester/jet-flow")
+    assert 'AutoFeatureExtractor.from_pretrained("tester/jet-flow")' in text and "Not evaluated." in text
+
+
+def test_what_was_trained_loads_without_hepzoo(trained, tmp_path):
+    hub, _ = trained
+    classes = {
+        "tester/tuned": ("AutoModelForCausalLM", "AutoTokenizer"),
+        "tester/jet-tokens": ("AutoModel", "AutoTokenizer"),
+        "tester/jet-flow": ("AutoModelForPreTraining", "AutoFeatureExtractor"),
+    }
+    result = run_python(OPEN, tmp_path, json.dumps(classes), hepzoo=False, **hub.environment)
+    found = answer(result)
+    for repository, names in (
+        ("tester/tuned", ["CMHCADircForCausalLM", "CMHCADircTokenizer"]),
+        ("tester/jet-tokens", ["OmniJetVQVAEModel", "OmniJetTokenizer"]),
+        ("tester/jet-flow", ["OmniLearnedForGeneration", "OmniLearnedFeatureExtractor"]),
+    ):
+        weights = load(hub.files("model", repository)["model.safetensors"]).values()
+        total = sum(weight.double().sum().item() for weight in weights)
+        assert found[repository] == [*names, pytest.approx(total, rel=1e-6, abs=1e-6)]
+
+
+def test_hostile_token_is_not_published(trained):
+    """Trainer pickles all its arguments into a file that is uploaded."""
+    hub, _ = trained
+    for (_, name), repository in hub.repositories.items():
+        for path, content in repository.files.items():
+            if zipfile.is_zipfile(io.BytesIO(content)):
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    content = b"".join(archive.read(member) for member in archive.namelist())
+            assert SECRET.encode() not in content, f"{name}/{path}"
+    assert "training_args.bin" in hub.files("model", "tester/tuned")
+
+
+def test_hostile_uploads_are_refused_before_training(trained):
+    """A name that cannot be, and a Hub that does not answer."""
+    hub, folder = trained
+    sizes = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32"
+    arguments = [*SHORT.split(), "--model_type", "cmhca_dirc", "--config_overrides", sizes, "--cache_dir", str(folder)]
+    arguments += ["--train_file", str(folder / "1.parquet"), "--push_to_hub", "--output_dir", "refused"]
+    environment = {**hub.environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    lines = checked(run_python(REFUSED, folder, *arguments, **environment)).splitlines()
+    assert len(lines) == 2 and all(line.startswith("--push_to_hub: ") for line in lines)
+    assert "a/b/c" in lines[0] and not (folder / "refused" / "model.safetensors").exists()
 
 
 def ask(url: str, method: str = "GET", data: bytes | None = None, **headers: str):
