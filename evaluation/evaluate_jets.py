@@ -254,6 +254,12 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"two disjoint parts of the real jets, scaled to the sizes of the samples (mean of {report['splits']} random "
         "splits); at its floor a distance cannot be told from statistics."
     ]
+    infinite = [row["name"] for row in report["distances"] if row["kl_ntp"] == np.inf]
+    if infinite:
+        notes.append(
+            f"KL (NTP) is infinite by its definition where a bin has no generated value ({', '.join(infinite)}); KL "
+            "adds half an entry to every bin, KL (alpha) 1e-8 to every density."
+        )
     if "classifier" in report:
         c = report["classifier"]
         notes.append(

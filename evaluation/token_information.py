@@ -17,14 +17,14 @@ import numpy as np
 
 from hepzoo.evaluation.evaluate_showers import _markdown_table, _positive
 from hepzoo.evaluation.metric_tagging import tagging_metrics
-from hepzoo.evaluation.tables import format_table, plain, write_table, write_text
+from hepzoo.evaluation.tables import format_table, format_value, plain, write_table, write_text
 from hepzoo.evaluation.tracks_dirc import expand_paths
 
 EXAMPLES = """examples:
   Tops against QCD, tokenizers with 512 and 8192 codes:
     python evaluation/token_information.py --train QCD_train.parquet Tbqq_train.parquet \\
         --test QCD_test.parquet Tbqq_test.parquet --tokenizers runs/tokenizer_512 runs/tokenizer_8192 \\
-        --classes label_QCD label_Tbqq --output information.md information.json
+        --classes label_QCD label_Tbqq --seeds 3 --output information.md information.json information.png
 """
 
 TAGGERS = ("particle_flow", "normformer")
@@ -38,6 +38,7 @@ COLUMNS = {
     "rejection_at_0.5": "at 50 %",
     "lost_auc": "ROC area lost",
 }
+OUTPUTS = (".json", ".md", ".csv", ".png", ".pdf", ".svg")
 
 
 def load_tokenizer(path: str) -> Any:
@@ -204,12 +205,35 @@ def tagger_config(tagger: str, num_features: int, num_codes: int, num_labels: in
     return OmniJetConfig(architecture=tagger, **sizes)
 
 
+def auc_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """
+    ROC area of one score minus that of another on the same jets, and its statistical error (DeLong et al., Biometrics
+    44 (1988) 837: the spread of each jet's share in the difference).
+
+    Args:
+        first, second (`np.ndarray` of shape `(jets,)`): scores. labels (`(jets,)`): 1 signal, 0 background.
+    """
+    from scipy.stats import rankdata
+
+    shares = []
+    for scores in (first, second):
+        signal, background = scores[labels == 1], scores[labels == 0]
+        ranks = rankdata(np.concatenate([signal, background]))
+        # of every jet: the share of the other class that it is on the right side of
+        above = (ranks[: len(signal)] - rankdata(signal)) / len(background)
+        below = 1 - (ranks[len(signal) :] - rankdata(background)) / len(signal)
+        shares.append((above, below))
+    differences = [one - other for one, other in zip(*shares, strict=True)]
+    error = np.sqrt(sum(np.var(values, ddof=1) / len(values) for values in differences))
+    return float(differences[0].mean()), float(error)
+
+
 def compare_representations(
     train: Mapping[str, Any], test: Mapping[str, Any], codebook_sizes: Mapping[str, int], settings: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """
-    One row per tagger, representation and seed: `tagging_metrics`, and `lost_auc`, the ROC area of the original
-    constituents (same tagger and seed) minus that of the row.
+    One row per tagger, representation and seed: `tagging_metrics`, and of two classes `lost_auc`, the ROC area of the
+    original constituents (same tagger and seed) minus that of the row, with its statistical error `lost_auc_error`.
 
     Args:
         train, test: of `represent`. codebook_sizes: of every tokenizer.
@@ -228,35 +252,73 @@ def compare_representations(
         if size is None or tagger == "particle_flow"
     ]
     rows: list[dict[str, Any]] = []
+    best: dict[tuple[str, int], np.ndarray] = {}
     for tagger, representation, size, seed in tqdm(jobs, unit="tagger", disable=not sys.stderr.isatty()):
         num_features = 0 if size else train["original"].shape[-1]
         config = tagger_config(tagger, num_features, size or 2, len(settings.classes), settings)
         pair = ({"inputs": d[representation], "mask": d["mask"], "labels": d["labels"]} for d in (train, test))
-        metrics = tagging_metrics(train_and_score(config, *pair, settings, seed), test["labels"])
+        probabilities = train_and_score(config, *pair, settings, seed)
+        metrics = tagging_metrics(probabilities, test["labels"])
         rows.append({"tagger": tagger, "representation": representation, "seed": seed, **metrics})
-        if "auc" in metrics:
-            best = next(row for row in rows if (row["tagger"], row["seed"]) == (tagger, seed))
-            rows[-1]["lost_auc"] = best["auc"] - metrics["auc"]
+        if len(settings.classes) == 2:
+            # the first run of every tagger and seed reads the original constituents
+            original = best.setdefault((tagger, seed), probabilities[:, 1])
+            lost, error = auc_difference(original, probabilities[:, 1], test["labels"])
+            rows[-1] |= {"lost_auc": lost, "lost_auc_error": error}
+        # for who does not wait for the last of them
+        found = ", ".join(f"{name} {format_value(value)}" for name, value in metrics.items())
+        tqdm.write(f"{tagger}, {representation}, seed {seed}: {found}", file=sys.stderr)
     return rows
 
 
 def mean_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds, with the number of seeds under `seed`."""
+    """
+    Means over the seeds, with the number of seeds under `seed` and sample standard deviations under `<name>_std` (NaN
+    of one seed, or of infinite values). `lost_auc_error` is the error of the mean: of the test jets, which all seeds
+    share, and of the seeds.
+    """
     groups: dict[tuple[str, str], list] = {}
     for row in rows:
         groups.setdefault((row["tagger"], row["representation"]), []).append(row)
+    means = []
+    for (tagger, representation), part in groups.items():
+        mean: dict[str, Any] = {"tagger": tagger, "representation": representation, "seed": len(part)}
+        for name in (name for name, value in part[0].items() if isinstance(value, float)):
+            values = np.array([row[name] for row in part])
+            mean[name] = float(values.mean())
+            # a rejection may be infinite, which has no spread
+            finite = len(part) > 1 and np.isfinite(values).all()
+            mean[f"{name}_std"] = float(values.std(ddof=1)) if finite else float("nan")
+        if "lost_auc_error" in mean:
+            mean["lost_auc_error"] = float(
+                np.hypot(mean["lost_auc_error"], np.nan_to_num(mean["lost_auc_std"]) / np.sqrt(len(part)))
+            )
+        means.append(mean)
+    return means
+
+
+def table_rows(means: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `mean_rows` as text: means with their standard deviations, the lost area with its error."""
+
+    def cell(mean: float, error: float) -> str:
+        return format_value(mean) if np.isnan(error) else f"{format_value(mean)} ± {format_value(error, 1)}"
+
+    errors = {name: "lost_auc_error" if name == "lost_auc" else f"{name}_std" for name in COLUMNS}
     return [
-        {"tagger": tagger, "representation": representation, "seed": len(part)}
-        | {name: float(np.mean([row[name] for row in part])) for name in part[0] if isinstance(part[0][name], float)}
-        for (tagger, representation), part in groups.items()
+        {name: cell(row[name], row[errors[name]]) if errors[name] in row else row.get(name) for name in COLUMNS}
+        for row in means
     ]
 
 
 def save_report(report: Mapping[str, Any], path: Path) -> Path:
-    """By file ending: `.json` all of it, `.md` the means, `.csv` every run."""
+    """By file ending: `.json` all of it, `.md` the means, `.csv` every run, `.png`, `.pdf` or `.svg` a picture."""
+    if path.suffix in (".png", ".pdf", ".svg"):
+        from hepzoo.evaluation.plots_jets import plot_token_information
+
+        return plot_token_information(report, path)
     if path.suffix == ".md":
-        columns = {**COLUMNS, "seed": "seeds"}
-        return write_text(path, f"# Taggers of tokens\n\n{_markdown_table(report['means'], columns)}\n")
+        table = _markdown_table(table_rows(report["means"]), {**COLUMNS, "seed": "seeds"})
+        return write_text(path, f"# Taggers of tokens\n\n{table}\n")
     if path.suffix == ".json":
         return write_text(path, json.dumps(plain(report), indent=2) + "\n")
     return write_table(path, report["runs"])
@@ -314,7 +376,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="largest of the cycle (1e-3)")
     parser.add_argument("--hidden_size", type=_positive, default=128, help="of the NormFormer (128)")
     parser.add_argument("--num_hidden_layers", type=_positive, default=5, help="of the NormFormer (5)")
-    parser.add_argument("--output", type=Path, nargs="+", default=[], metavar="FILE", help="write .json, .md or .csv")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", default=[], metavar="FILE", help="write .json, .md, .csv, .png, .pdf or .svg"
+    )
     return parser
 
 
@@ -323,13 +387,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     for path in args.output:
-        if path.suffix not in (".json", ".md", ".csv"):
-            parser.error(f"--output must end in .json, .md or .csv, got {path}")
+        if path.suffix not in OUTPUTS:
+            parser.error(f"--output must end in one of {', '.join(OUTPUTS)}, got {path}")
+        if path.suffix not in (".json", ".md", ".csv") and len(args.classes) > 2:
+            parser.error(f"--output {path}: the picture is of two classes, got {len(args.classes)}")
     if not 0 < args.learning_rate < 1:
         parser.error(f"--learning_rate is {args.learning_rate}, expected a number above 0 and below 1")
     try:
         report = run(args)
-        sys.stdout.write(format_table(report["means"], {**COLUMNS, "seed": "seeds"}) + "\n")
+        sys.stdout.write(format_table(table_rows(report["means"]), {**COLUMNS, "seed": "seeds"}) + "\n")
         for path in args.output:
             sys.stdout.write(f"report written to {save_report(report, path)}\n")
     except (ValueError, OSError) as err:

@@ -1,5 +1,6 @@
 """
-Jets from a trained OmniJet generator: constituents and the jets that they add up to, about given axes.
+Jets from a trained OmniJet generator, of ids or of continuous constituents (`OmniJetForPreTraining`): constituents and
+the jets that they add up to, about given axes.
 
     accelerate launch training/generate_jets.py --model runs/jets --n_jets 100000 --output generated
 
@@ -13,6 +14,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ examples:
   hepzoo generate jets --model runs/jets --n_jets 1000 --output generated
   hepzoo generate jets --model runs/jets --n_jets 10000 --axes_from data/jets/test.parquet --output generated
   hepzoo generate jets --model runs/jets --top_p 0.98 --temperature 0.95 --eta 0.5 --phi 1 --output cooler
+  hepzoo generate jets --model converted/ntp_hybrid --tokenizer converted/ntp_vqvae --n_jets 1000 --output hybrid
   accelerate launch --num_processes 4 training/generate_jets.py --model runs/jets --n_jets 1000000 --output big
 """
 
@@ -82,22 +85,35 @@ def apply_sampling_options(arguments: argparse.Namespace, model: Any):
         settings.update(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
 
 
-def draw_jets(model: Any, num_jets: int, max_constituents: int, batch_size: int, bar: Any = None) -> list[np.ndarray]:
+def draw_jets(
+    model: Any,
+    tokenizer: Any,
+    num_jets: int,
+    max_constituents: int,
+    batch_size: int,
+    bar: Any = None,
+    jet_features: Sequence[float] | None = None,
+) -> list[np.ndarray]:
     """
     Ids of generated jets, from `<bos>` on, one array per jet.
 
     Args:
+        model: generator of ids, or hybrid, which reads what the VQ-VAE of the tokenizer decodes.
         max_constituents: jets are cut off here.
         bar: a progress bar, updated by the jets of every batch.
+        jet_features: of every jet, for a hybrid that reads them.
     """
     import torch
 
+    inputs = {"vqvae": tokenizer.vqvae} if model.config.architecture == "hybrid" else {}
     sequences: list[np.ndarray] = []
     while len(sequences) < num_jets:
         size = min(batch_size, num_jets - len(sequences))
         start = torch.full((size, 1), model.config.bos_token_id, device=model.device)
+        if jet_features is not None:
+            inputs["jet_features"] = torch.tensor([jet_features] * size, dtype=model.dtype, device=model.device)
         with torch.inference_mode():
-            ids = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=max_constituents + 1)
+            ids = model.generate(input_ids=start, max_new_tokens=max_constituents + 1, **inputs)
         sequences += list(ids.cpu().numpy())
         if bar is not None:
             bar.update(size)
@@ -105,7 +121,13 @@ def draw_jets(model: Any, num_jets: int, max_constituents: int, batch_size: int,
 
 
 def make_jets(
-    model: Any, tokenizer: Any, axes: np.ndarray, max_constituents: int, batch_size: int, bar: Any = None
+    model: Any,
+    tokenizer: Any,
+    axes: np.ndarray,
+    max_constituents: int,
+    batch_size: int,
+    bar: Any = None,
+    jet_features: Sequence[float] | None = None,
 ) -> tuple[dict[str, Any], Counter]:
     """
     Columns of one jet per axis, as `OmniJetTokenizer.batch_decode` gives them, and counts of what is unusual.
@@ -116,7 +138,7 @@ def make_jets(
     Returns:
         (columns, counts): `cut_off` (no stop up to `max_constituents`) and `empty` (the stop came at once).
     """
-    sequences = draw_jets(model, len(axes), max_constituents, batch_size, bar)
+    sequences = draw_jets(model, tokenizer, len(axes), max_constituents, batch_size, bar, jet_features)
     counts: Counter = Counter()
     counts["cut_off"] = sum(tokenizer.eos_token_id not in ids for ids in sequences)
     # a jet that has no stop may have one code more than it may hold
@@ -152,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder or Hub repository of a generator")
+    parser.add_argument("--model", required=True, help="folder or Hub repository of a generator of ids or a hybrid")
     parser.add_argument("--tokenizer", help="folder or Hub repository of its tokenizer (default: that of the model)")
     parser.add_argument("--output", required=True, help="folder for the files")
     parser.add_argument("--n_jets", type=int, default=1000, help="jets in total (default 1000)")
@@ -160,6 +182,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--phi", type=float, default=0.0, help="azimuth of the jets, rad (default 0)")
     parser.add_argument(
         "--axes_from", metavar="FILES", help="draw the axes from the jets of Parquet files, with replacement"
+    )
+    parser.add_argument(
+        "--jet_features",
+        type=float,
+        nargs="+",
+        metavar="NUMBER",
+        help="of every jet, transformed as the network reads them, for a hybrid that has features of the whole jet",
     )
     parser.add_argument("--rows_per_shard", type=int, default=10_000, help="jets per file (default 10000)")
     parser.add_argument("--batch_size", type=int, default=128, help="jets per call of generate() (default 128)")
@@ -172,7 +201,9 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, help="divides the logits (default: that of the model)")
     sampling.add_argument("--top_k", type=int, help="codes kept, 0 for all")
     sampling.add_argument("--top_p", type=float, help="probability kept")
-    sampling.add_argument("--max_constituents", type=int, help="jets are cut off here (default: as the tokenizer says)")
+    sampling.add_argument(
+        "--max_constituents", type=int, help="jets are cut off here (default: where those of the training were)"
+    )
     sampling.add_argument(
         "--stop_token_threshold", type=float, help="the stop is never drawn below this probability (arXiv:2501.05534)"
     )
@@ -191,6 +222,9 @@ def check_arguments(arguments: argparse.Namespace):
     for name, limit in (("eta", ETA_LIMIT), ("phi", 2 * np.pi)):
         if not abs(getattr(arguments, name)) <= limit:
             raise ValueError(f"--{name} is {getattr(arguments, name)}, expected {-limit:.4g} to {limit:.4g}")
+    for value in arguments.jet_features or ():
+        if not np.isfinite(value):
+            raise ValueError(f"--jet_features has {value}, expected finite numbers")
     if arguments.axes_from is not None and (arguments.eta or arguments.phi):
         raise ValueError("--axes_from draws the axes: pass neither --eta nor --phi")
     if arguments.greedy:
@@ -202,11 +236,18 @@ def check_arguments(arguments: argparse.Namespace):
 def load_generator(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any]:
     """Model, in evaluation mode on the device, and tokenizer, whose VQ-VAE is there too."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForPreTraining
 
     config = load_config(arguments.model, "omnijet")
-    if config.architecture != "gpt":
-        raise ValueError(f"{arguments.model}: architecture {config.architecture!r} cannot generate, expected 'gpt'")
+    auto_class = {"gpt": AutoModelForCausalLM, "hybrid": AutoModelForPreTraining}.get(config.architecture)
+    if auto_class is None:
+        raise ValueError(
+            f"{arguments.model}: architecture {config.architecture!r} cannot generate, expected 'gpt' or 'hybrid'"
+        )
+    given = len(arguments.jet_features or ())
+    expected = config.num_jet_features if config.architecture == "hybrid" else 0
+    if given != expected:
+        raise ValueError(f"--jet_features has {given} numbers, expected the {expected} that {arguments.model} reads")
     tokenizer = load_jet_tokenizer(arguments.tokenizer or arguments.model)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
@@ -214,7 +255,7 @@ def load_generator(arguments: argparse.Namespace, device: Any) -> tuple[Any, Any
         )
     tokenizer.vqvae.to(device)
     dtype = getattr(torch, arguments.dtype)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
+    model = auto_class.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
     apply_sampling_options(arguments, model)
     return model, tokenizer
 
@@ -228,7 +269,8 @@ def run(arguments: argparse.Namespace):
 
     state = PartialState(cpu=arguments.cpu)
     model, tokenizer = load_generator(arguments, state.device)
-    max_constituents = arguments.max_constituents or tokenizer.model_max_length
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    max_constituents = arguments.max_constituents or longest
     folder, size = Path(arguments.output), arguments.rows_per_shard
     num_files = -(-arguments.n_jets // size)
     paths = [folder / f"generated-{index:05d}-of-{num_files:05d}.parquet" for index in range(num_files)]
@@ -246,7 +288,9 @@ def run(arguments: argparse.Namespace):
             axes = np.tile([arguments.eta, arguments.phi], (sizes[index], 1))
         else:
             axes = sample[rng.integers(len(sample), size=sizes[index])]
-        columns, own = make_jets(model, tokenizer, axes, max_constituents, arguments.batch_size, bar)
+        columns, own = make_jets(
+            model, tokenizer, axes, max_constituents, arguments.batch_size, bar, arguments.jet_features
+        )
         write_jets(columns, paths[index])
         counts.update(own)
 

@@ -106,6 +106,17 @@ def test_comparison_with_floors(samples):
         assert "jet mass" in text and "AUC" in text and "150 jets" in text
 
 
+def test_infinite_divergences_are_explained(samples):
+    """12 jets leave bins of 50 empty."""
+    few = compare_jets(samples[0], samples[1].select(np.arange(12)), splits=1, classifier=False)
+    mass = next(row for row in few["distances"] if row["observable"] == "jet_mass")
+    assert mass["kl_ntp"] == np.inf and np.isfinite([mass["kl"], mass["kl_alpha"]]).all()
+    (note,) = (
+        line for line in evaluate_jets.format_report(few).splitlines() if line.startswith("KL (NTP) is infinite")
+    )
+    assert "jet mass" in note and "half an entry" in note
+
+
 def test_relative_coordinates_have_no_axis(samples):
     relative = observe(as_jets(random_jets(60, seed=9)).centered())
     found = jet_distances(samples[0], relative)

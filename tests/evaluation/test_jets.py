@@ -295,17 +295,30 @@ def test_clustering_equals_fastjet(algorithm, recombination, width):
     assert width < 0.5 or beam > 0
 
 
-def test_d2_equals_fastjet():
+def test_substructure_of_a_thousand_jets_equals_fastjet():
+    """tau 1 to 3 about the axes of fastjet, and its D2."""
     pytest.importorskip("fastjet", reason='needs fastjet: pip install "hepzoo[sim]"')
     ak, vector = pytest.importorskip("awkward"), pytest.importorskip("vector")
     import fastjet
 
     vector.register_awkward()
-    jets = as_jets(random_jets(40, most=50, width=0.2))
+    jets = as_jets(random_jets(1070, most=50, width=0.2))
     jets = jets.select(jets.multiplicity >= 3)
+    assert len(jets) >= 1000
     px, py, pz = jets.pt * np.cos(jets.phi), jets.pt * np.sin(jets.phi), jets.pt * np.sinh(jets.eta)
     p4 = {"px": px, "py": py, "pz": pz, "E": jets.pt * np.cosh(jets.eta)}
     array = ak.zip({k: ak.unflatten(v, jets.multiplicity) for k, v in p4.items()}, with_name="Momentum4D")
     sequence = fastjet.ClusterSequence(array, fastjet.JetDefinition(fastjet.kt_algorithm, 0.8))
+    found = sub.substructure(*jets.padded())
     expected = ak.to_numpy(ak.flatten(sequence.exclusive_jets_energy_correlator(njets=1, func="d2"), axis=None))
-    np.testing.assert_allclose(sub.substructure(*jets.padded())["d2"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["d2"], expected, rtol=1e-5)
+    pt, eta, phi, mask = jets.padded()
+    pt = np.where(mask, pt, 0.0)
+    for number in (1, 2, 3):
+        axes = sequence.exclusive_jets(n_jets=number)
+        x, y, z, energy = (ak.to_numpy(axes[name])[:, None] for name in ("px", "py", "pz", "E"))
+        along, around = np.arctanh(z / energy), np.arctan2(y, x)
+        distance = np.hypot(eta[..., None] - along, sub.wrap_phi(phi[..., None] - around)).min(axis=-1)
+        np.testing.assert_allclose(
+            found[f"tau{number}"], (pt * distance).sum(axis=1) / (0.8 * pt.sum(axis=1)), rtol=1e-6, atol=1e-12
+        )

@@ -10,8 +10,9 @@ import torch
 
 import hepzoo
 from hepzoo.evaluation import token_contexts, token_information
+from hepzoo.evaluation.metric_tagging import tagging_metrics
 from hepzoo.evaluation.token_contexts import decode_in_contexts, random_contexts, summarise
-from hepzoo.evaluation.token_information import batches, mean_rows, represent
+from hepzoo.evaluation.token_information import auc_difference, batches, mean_rows, represent, table_rows
 from tests.training.jets import make_jets, write_jets
 
 CLASSES = ["label_QCD", "label_Tbqq"]
@@ -83,7 +84,7 @@ def test_every_jet_once_in_a_pass():
 
 
 def test_taggers_of_all_representations(folder, tmp_path, capsys):
-    output = [str(tmp_path / name) for name in ("report.json", "report.md", "runs.csv")]
+    output = [str(tmp_path / name) for name in ("report.json", "report.md", "runs.csv", "report.png")]
     assert token_information.main(options(folder, "--seeds", "2", "--output", *output)) == 0
     assert "particle_flow" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
@@ -99,11 +100,75 @@ def test_taggers_of_all_representations(folder, tmp_path, capsys):
     assert row["lost_auc"] == pytest.approx(report["runs"][0]["auc"] - row["auc"])
     assert "| particle_flow | original | 2 |" in (tmp_path / "report.md").read_text()
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 17
+    assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
-def test_means_over_seeds():
-    rows = [{"tagger": "t", "representation": "r", "seed": s, "auc": 0.5 + 0.1 * s} for s in (0, 1)]
-    assert mean_rows(rows) == [{"tagger": "t", "representation": "r", "seed": 2, "auc": pytest.approx(0.55)}]
+def test_picture_of_the_taggers(tmp_path):
+    """A point per tokenizer and kind with the error bar of the seeds, a band of the original constituents."""
+    from hepzoo.evaluation.plots_jets import plot_token_information
+
+    runs = [
+        {"tagger": tagger, "representation": name, "seed": seed, "auc": 0.8 + 0.01 * place + 0.002 * seed}
+        for seed in (0, 1)
+        for tagger, names in (
+            ("particle_flow", ["original", "a", "a ids", "b", "b ids"]),
+            ("normformer", ["original", "a", "b"]),
+        )
+        for place, name in enumerate(names)
+    ]
+    report = {"jets": {"train": 10, "test": 5}, "codebook_sizes": {"a": 64, "b": 512}, "means": mean_rows(runs)}
+    (axis,) = plot_token_information(report, names=["auc"]).axes
+    lines = [container.lines[0] for container in axis.containers]
+    heights = [line.get_ydata().tolist() for line in lines]
+    np.testing.assert_allclose(heights, [[0.811, 0.831], [0.821, 0.841], [0.811, 0.821]])
+    (bar,) = axis.containers[0].lines[2]
+    np.testing.assert_allclose(np.ptp(bar.get_segments()[0][:, 1]), 2 * 0.002 / np.sqrt(2), rtol=1e-6)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["64 codes\na", "512 codes\nb"]
+
+
+def test_means_and_errors_over_seeds():
+    rows = [
+        {
+            "tagger": "t",
+            "representation": "r",
+            "seed": s,
+            "auc": 0.5 + 0.1 * s,
+            "lost_auc": 0.1 * s,
+            "lost_auc_error": 0.2,
+        }
+        for s in (0, 1)
+    ]
+    (mean,) = mean_rows(rows)
+    assert (mean["seed"], mean["auc"], mean["auc_std"]) == (2, pytest.approx(0.55), pytest.approx(0.1 / np.sqrt(2)))
+    # that of the test jets does not shrink with the number of seeds
+    assert mean["lost_auc_error"] == pytest.approx(np.hypot(0.2, 0.05))
+    (cells,) = table_rows([mean])
+    assert cells["auc"] == "0.55 ± 0.07" and cells["lost_auc"] == "0.05 ± 0.2" and cells["seed"] == 2
+    (one,) = mean_rows(rows[:1])
+    assert one["lost_auc_error"] == 0.2 and table_rows([one])[0]["auc"] == "0.5"
+
+
+def test_difference_of_roc_areas_and_its_error():
+    rng = np.random.default_rng(0)
+
+    def draw(number):
+        labels = np.arange(number) % 2
+        shared = rng.normal(size=number) + labels
+        return shared + 0.3 * rng.normal(size=number), shared + rng.normal(size=number), labels
+
+    first, second, labels = draw(600)
+    difference, error = auc_difference(first, second, labels)
+    # rising functions of the scores have the same area, probabilities too
+    areas = [
+        tagging_metrics(np.stack([1 - p, p], axis=1), labels)["auc"]
+        for p in (1 / (1 + np.exp(-first)), 1 / (1 + np.exp(-second)))
+    ]
+    assert difference == pytest.approx(areas[0] - areas[1]) and difference > 0
+    assert auc_difference(first, first, labels) == (0, 0)
+    # the error is the spread of the difference between samples
+    differences, errors = np.array([auc_difference(*draw(600)) for _ in range(300)]).T
+    assert np.std(differences) == pytest.approx(errors.mean(), rel=0.12)
+    assert error == pytest.approx(errors.mean(), rel=0.2)
 
 
 @pytest.mark.parametrize(

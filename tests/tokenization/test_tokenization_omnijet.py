@@ -135,6 +135,19 @@ def test_ids_are_the_codes_of_the_vqvae(tokenizer):
     np.testing.assert_allclose(features[0, :, 2], 3 * derived["part_phirel"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_codes_are_the_same_on_a_gpu(tokenizer):
+    """Sums in another order may move a latent that lies between two codes, and nothing else."""
+    rows = make_rows((60,) * 20)
+    here = np.concatenate(tokenizer(rows)["input_ids"])
+    tokenizer.vqvae.to("cuda")
+    try:
+        there = np.concatenate(tokenizer(rows)["input_ids"])
+    finally:
+        tokenizer.vqvae.to("cpu")
+    assert np.mean(here == there) > 0.999
+
+
 def test_forms_of_rows_and_direct_columns(tokenizer):
     rows = make_rows()
     expected = tokenizer(rows)["input_ids"]

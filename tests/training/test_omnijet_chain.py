@@ -6,7 +6,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import hepzoo
 from hepzoo.evaluation.evaluate_jets import main as evaluate_jets
@@ -16,6 +21,8 @@ from hepzoo.training.generate_jets import main as generate_jets
 from hepzoo.training.generate_jets import read_axes
 from hepzoo.training.run_classification import main as run_classification
 from hepzoo.training.run_clm import main as run_clm
+from hepzoo.training.run_hybrid import HybridCollator
+from hepzoo.training.run_hybrid import main as run_hybrid
 from hepzoo.training.run_vqvae import main as run_vqvae
 from hepzoo.training.tokenize_jets import main as tokenize_jets
 from tests.training.jets import make_jets, write_jets
@@ -119,7 +126,7 @@ def test_jets_end_where_the_stop_id_says(chain):
     model = AutoModelForCausalLM.from_pretrained(chain / "gpt").eval()
     tokenizer = AutoTokenizer.from_pretrained(chain / "gpt")
     torch.manual_seed(1)
-    sequences = draw_jets(model, 30, 8, batch_size=11)
+    sequences = draw_jets(model, tokenizer, 30, 8, batch_size=11)
     torch.manual_seed(1)
     columns, counts = make_jets(model, tokenizer, np.zeros((30, 2)), 8, batch_size=11)
     expected = []
@@ -128,6 +135,142 @@ def test_jets_end_where_the_stop_id_says(chain):
         expected.append(min(int(np.argmax(is_stop)) - 1 if is_stop.any() else 8, 8))
     assert columns["num_constituents"].tolist() == expected
     assert counts["cut_off"] == sum(not (ids == tokenizer.eos_token_id).any() for ids in sequences) > 0
+
+
+def save_hybrid(chain, folder, **settings) -> str:
+    """A hybrid with random weights and the tokenizer of the chain."""
+    tokenizer = AutoTokenizer.from_pretrained(chain / "vq")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_registers": 2}
+    sizes |= {"token_head_size": 16, "token_head_layers": 1, "token_head_heads": 2, "class_head_size": 16}
+    torch.manual_seed(5)
+    config = hepzoo.OmniJetConfig(
+        architecture="hybrid", codebook_size=32, max_position_embeddings=20, **{**sizes, **settings}
+    )
+    hepzoo.OmniJetForPreTraining(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("jet_features", [[], [0.5, -1.0]])
+def test_hybrid_generates_on_the_command_line(chain, tmp_path, jet_features):
+    """The files of the other generator, with the jets that `OmniJetForPreTraining.generate` draws."""
+    folder, out = save_hybrid(chain, tmp_path / "hybrid", num_jet_features=len(jet_features)), tmp_path / "out"
+    options = ["--jet_features", *map(str, jet_features)] if jet_features else []
+    arguments = ["--cpu", "--n_jets", "25", "--rows_per_shard", "20", "--batch_size", "20", "--eta", "0.3"]
+    assert generate_jets(["--model", folder, "--output", str(out), *arguments, *options]) == 0
+    files = sorted(out.glob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == [20, 5]
+    assert generate_jets(["--model", str(chain / "gpt"), "--output", str(tmp_path / "gpt"), *arguments]) == 0
+    assert pq.read_schema(files[0]) == pq.read_schema(next((tmp_path / "gpt").glob("*.parquet")))
+
+    model = AutoModelForPreTraining.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(int(np.random.default_rng([44, 0]).integers(2**63)))
+    features = torch.tensor([jet_features] * 20) if jet_features else None
+    # no longer than the jets of the training, which `max_position_embeddings` limits here
+    ids = model.generate(tokenizer.vqvae, torch.zeros(20, 1, dtype=torch.long), features, max_new_tokens=21)
+    expected = tokenizer.batch_decode(ids[:, :21], 0.3, 0.0)
+    table = pq.read_table(files[0]).to_pydict()
+    assert table["num_constituents"] == expected["num_constituents"].tolist()
+    assert max(table["num_constituents"]) <= 20
+    for found, values in zip(table["part_pt"], expected["part_pt"], strict=True):
+        np.testing.assert_allclose(found, values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_batches_of_the_hybrid(chain, decode):
+    """Start and constituents as positions, ids of each and of what follows as targets, also of jets that are cut."""
+    tokenizer = AutoTokenizer.from_pretrained(chain / "vq")
+    rows = tokenizer(make_jets(6, seed=8), return_particle_features=True)
+    encoded = [dict(zip(rows, values)) for values in zip(*rows.values())]
+    collator = HybridCollator(tokenizer, rename={"class_ids": "labels"}, max_positions=15, decode=decode)
+    batch = collator(encoded)
+    assert batch["particle_features"].shape == (6, 15, 3) and batch["labels"].tolist() == [0, 8] * 3
+    lengths = [len(ids) - 2 for ids in rows["input_ids"]]
+    assert min(lengths) < 14 < max(lengths)
+    for row, (ids, length) in enumerate(zip(rows["input_ids"], lengths, strict=True)):
+        kept = min(length, 14)
+        assert batch["attention_mask"][row].tolist() == [1] * (kept + 1) + [0] * (14 - kept)
+        for name, start in (("masked_labels", 0), ("generation_labels", 1)):
+            expected = [*ids[start : start + kept + 1], *[-100] * (14 - kept)]
+            assert batch[name][row].tolist() == expected
+        if decode:
+            codes = torch.tensor(ids[None, 1 : kept + 1]) - 1
+            expected = tokenizer.vqvae.decode(codes)[0].detach().numpy()
+        else:
+            expected = rows["particle_features"][row][1 : kept + 1]
+        found = batch["particle_features"][row].numpy()
+        np.testing.assert_allclose(found[1 : kept + 1], expected, atol=1e-5)
+        assert not found[0].any() and not found[kept + 1 :].any()
+
+
+def test_hybrid_is_trained_and_generates(chain, tmp_path):
+    output = tmp_path / "hybrid"
+    sizes = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,token_head_size=32,token_head_layers=1,"
+    sizes += "token_head_heads=2,class_head_size=32,class_head_heads=2,attention_dropout=0,hidden_dropout=0"
+    flags = ["--tokenizer_name", str(chain / "vq"), "--config_overrides", sizes, "--do_train", "--do_eval"]
+    flags += ["--per_device_train_batch_size", "32", "--learning_rate", "5e-3", "--max_steps", "60"]
+    files = ["--train_file", str(chain / "train.parquet"), "--validation_file", str(chain / "test.parquet")]
+    assert run_hybrid([*flags, *files, *common_flags(chain, output)]) == 0
+    parts = {name: history(output, f"loss_{name}") for name in ("generation", "masked", "class")}
+    for name, losses in parts.items():
+        assert np.mean([losses[step] for step in range(51, 61)]) < 0.9 * losses[1], name
+    assert history(output)[1] == pytest.approx(sum(losses[1] for losses in parts.values()), rel=1e-3)
+    metrics = json.loads((output / "all_results.json").read_text())
+    total = sum(metrics[f"eval_loss_{name}"] for name in parts)
+    assert metrics["eval_loss"] == pytest.approx(total, rel=0.02)
+    model = AutoModelForPreTraining.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.config.id2label[8] == "label_Tbqq" and model.config.codebook_size == 32
+    batch = HybridCollator(tokenizer)(
+        [
+            dict(zip(rows, values))
+            for rows in [tokenizer(make_jets(60, seed=2), return_particle_features=True, return_class_ids=False)]
+            for values in zip(*rows.values())
+        ]
+    )
+    predicted = model(batch["particle_features"], batch["attention_mask"]).logits.argmax(dim=-1)
+    assert (predicted == torch.tensor([0, 8] * 30)).float().mean() > 0.9
+    assert generate_jets(["--model", str(output), "--output", str(tmp_path / "out"), "--cpu", "--n_jets", "10"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--model_name_or_path", "GPT"],
+            "the model is an omnijet of architecture 'gpt', expected omnijet of architecture",
+        ),
+        (["--model_type", "spade"], "the model is an spade of architecture"),
+        (["--tokenizer_name", "VQ", "--config_overrides", "num_jet_features=2"], "num_jet_features must be 0"),
+        ([], "--train_file|needs|tokenizer"),
+    ],
+)
+def test_hostile_options_of_the_hybrid(chain, tmp_path, flags, message):
+    places = {"GPT": str(chain / "gpt"), "VQ": str(chain / "vq")}
+    flags = [places.get(flag, flag) for flag in flags]
+    files = ["--train_file", str(chain / "train.parquet"), "--do_train", "--max_steps", "1"]
+    with pytest.raises(InputError, match=message) as error:
+        run_hybrid([*flags, *files, *common_flags(chain, tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_hostile_hybrids_on_the_command_line(chain, tmp_path, capsys):
+    folder = save_hybrid(chain, tmp_path / "hybrid", num_jet_features=2)
+    tagger = hepzoo.OmniJetForSequenceClassification(
+        hepzoo.OmniJetConfig(architecture="particle_flow", codebook_size=32, num_features=3)
+    )
+    tagger.save_pretrained(tmp_path / "tagger")
+    for model, options, message in (
+        (folder, [], "--jet_features has 0 numbers, expected the 2 that"),
+        (folder, ["--jet_features", "1"], "--jet_features has 1 numbers, expected the 2 that"),
+        (folder, ["--jet_features", "1", "nan"], "--jet_features has nan, expected finite numbers"),
+        (chain / "gpt", ["--jet_features", "1"], "--jet_features has 1 numbers, expected the 0 that"),
+        (tmp_path / "tagger", [], "architecture 'particle_flow' cannot generate, expected 'gpt' or 'hybrid'"),
+    ):
+        assert generate_jets(["--model", str(model), "--output", str(tmp_path / "out"), "--cpu", *options]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_tagger_from_the_generator(chain, tmp_path):

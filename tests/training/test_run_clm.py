@@ -233,9 +233,45 @@ def test_hostile_records_name_the_row(data, tmp_path, changes, message):
 
 def test_hostile_records_in_a_stream(data, tmp_path):
     path = bad_data(tmp_path, P=lambda p: 40.0)
-    with pytest.raises(InputError, match="training data: .*P = 40 is outside") as error:
+    with pytest.raises(InputError, match="training data: row 13: P = 40 is outside") as error:
         train(data, tmp_path / "run", "--train_file", path, "--streaming", "--max_steps", "9")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["here", "worker", "command"])
+def test_hostile_stream_without_a_usable_row(tmp_path, where):
+    """It would be read forever: the second pass ends it, with what was wrong in the first, in one line."""
+    columns = make_tracks(20, seed=5)
+    columns["P"][:12] = [40.0] * 12
+    columns["Theta"][12:] = [5.0] * 8
+    path = write_tracks(tmp_path / "bad.parquet", columns)
+    flags = [*SMALL, *common_flags(tmp_path, tmp_path / "run"), "--train_file", path, "--streaming", *SHORT]
+    flags += ["--max_steps", "9", "--tokenizer_kwargs", "on_invalid=drop_tracks"]
+    line = (
+        "training data: all 20 rows of a pass over the stream were dropped as invalid (track:P x 12, track:Theta x 8)"
+    )
+    if where == "command":
+        result = launch("run_clm.py", [*flags, "--dataloader_num_workers", "1"])
+        assert result.returncode != 0
+        assert f"run_clm.py: error: {line}" in result.stderr.splitlines()
+    else:
+        with pytest.raises(InputError) as error:
+            main([*flags, "--dataloader_num_workers", str(int(where == "worker"))])
+        # a worker process puts its traceback in front
+        assert str(error.value).splitlines()[-1].endswith(line)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_stream_of_mostly_invalid_records(tmp_path):
+    """Rows that are dropped are no reason to stop as long as there are others; passes of the same rows go on."""
+    columns = make_tracks(40, seed=5)
+    columns["P"] = [value if row == 33 else 40.0 for row, value in enumerate(columns["P"])]
+    path = write_tracks(tmp_path / "bad.parquet", columns)
+    flags = ["--train_file", path, "--streaming", "--shuffle_buffer_size", "4", "--preprocessing_batch_size", "7"]
+    losses = train(
+        tmp_path, tmp_path / "run", *flags, "--max_steps", "3", "--tokenizer_kwargs", "on_invalid=drop_tracks"
+    )
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses.values())
 
 
 def test_hostile_records_dropped_on_request(data, tmp_path):
