@@ -2,8 +2,8 @@
 
 Wasserstein-1 distances and divergences of observables and of every generated feature of the constituents, as means and
 standard deviations over random draws; W1-M, W1-P, W1-EFP, coverage and MMD of JetNet; shares of particle types and
-impact parameters. For all jets and for every class. The floor of a distance is the same between halves of the real
-jets.
+impact parameters; a classifier test, generated against real. For all jets and for every class. The floor of a distance
+is the same between halves of the real jets.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from hepzoo.evaluation.evaluate_jets import add_sample_arguments
+from hepzoo.evaluation.distances import two_sample_auc
+from hepzoo.evaluation.evaluate_jets import add_sample_arguments, classifier_features
 from hepzoo.evaluation.evaluate_showers import _markdown_table, _positive
 from hepzoo.evaluation.jet_particles import (
     IMPACT_PARAMETERS,
@@ -23,11 +24,14 @@ from hepzoo.evaluation.jet_particles import (
     by_class,
     impact_parameters,
     known_columns,
+    particle_features,
     read_particle_jets,
     type_shares,
 )
 from hepzoo.evaluation.jetnet import PUBLISHED_JETS, jetnet_metrics
-from hepzoo.evaluation.jets import CONSTITUENTS, OBSERVABLES, Jets, observe
+from hepzoo.evaluation.jets import CONSTITUENTS, OBSERVABLES, JetObservables, Jets, observe
+from hepzoo.evaluation.particlenet_distance import TYPES as JETNET_TYPES
+from hepzoo.evaluation.particlenet_distance import frechet_particlenet_distance
 from hepzoo.evaluation.resampled import resampled_distances, split_reversed_kl
 from hepzoo.evaluation.tables import format_table, plain, write_text
 
@@ -37,6 +41,8 @@ EXAMPLES = """examples:
   As published for the EPiC flow (substructure with WTA axes), with pictures, coverage and MMD:
     hepzoo evaluate sets --real data/jets/test --generated generated --axes WTA_pt --draw_jets 50000 \\
         --emd_jets 100 --plots plots
+  Top jets of JetNet, with FPND:
+    hepzoo evaluate sets --real tops --generated generated --fpnd t --fpnd_files fpnd_resources/jetnet/30_particles
 """
 
 NAMES = ("jet_pt", "jet_mass", "multiplicity", "tau21", "tau32", "d2", *CONSTITUENTS)
@@ -67,6 +73,8 @@ JETNET = {
 }
 JETNET_GEV = {"w1m": "W1-M [GeV]", "w1p": "W1-P, pT in GeV", "w1p_pt": "W1-P pT [GeV]", "w1efp": "W1-EFP [GeV^4]"}
 JETNET_COLUMNS = {"class": "class", "name": "metric", "value": "value", "std": "+-", "floor": "floor"}
+CLASSIFIER_COLUMNS = {"class": "class", "features": "features", "jets": "jets of each", "auc": "AUC", "error": "+-"}
+CLASSIFIED_JETS = 5000  # most jets of each sample
 TYPE_COLUMNS = {
     "class": "class",
     "what": "share of constituents",
@@ -94,6 +102,7 @@ def compare_sets(
     emd_jets: int = 0,
     emd_draws: int = 10,
     per_class: bool = True,
+    classifier: bool = True,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -105,10 +114,12 @@ def compare_sets(
         draw_jets (`int`, *optional*): of a draw; default the smaller sample, at most 50 000.
         emd_jets, emd_draws (`int`): of coverage and MMD; 0 jets: without.
         per_class (`bool`): also every class that both samples have.
+        classifier (`bool`): train the real-or-generated classifiers.
         options: of `observe`.
 
     Returns:
-        `distances`, `jetnet`, `types`, `impact_parameters`: lists of rows; `real`, `generated`: numbers of jets.
+        `distances`, `jetnet`, `classifier`, `types`, `impact_parameters`: lists of rows; `real`, `generated`: numbers
+        of jets.
 
     Raises:
         ValueError: a sample, or a class of it, has fewer than 20 jets.
@@ -116,7 +127,7 @@ def compare_sets(
     samples = by_class(real, generated)
     samples = samples if per_class else {"all": samples["all"]}
     report: dict[str, Any] = {"real": len(real), "generated": len(generated), "draws": draws, "seed": seed}
-    report |= {"distances": [], "jetnet": []}
+    report |= {"distances": [], "jetnet": [], "classifier": []}
     rng = np.random.default_rng(seed)
     for name, pair in samples.items():
         for jets, which in zip(pair, ("real", "generated"), strict=True):
@@ -125,25 +136,27 @@ def compare_sets(
         order = rng.permutation(len(pair[0]))
         halves = [np.sort(part) for part in np.array_split(order, 2)]
         num_jets = draw_jets or min(PUBLISHED_JETS, *map(len, pair))
-        report["distances"] += _distance_rows(name, pair, halves, draws, num_jets, seed, options)
+        observed = [observe(jets, **options) for jets in pair]
+        report["distances"] += _distance_rows(name, observed, halves, draws, num_jets, seed)
         report["jetnet"] += _jetnet_rows(name, pair, halves, num_jets, emd_jets, emd_draws, seed)
+        if classifier:
+            report["classifier"] += _classifier_rows(name, pair, observed, seed)
     report["types"] = type_shares(samples)
     report["impact_parameters"] = impact_parameters(samples)
     return report
 
 
-def _shrink(pair: tuple, halves: list, num_jets: int) -> float:
+def _shrink(pair: Sequence, halves: list, num_jets: int) -> float:
     """Statistical error of the distance of a pair over that of the halves of its first, both from draws of a size."""
     first, second = ([1 / len(sample) + 1 / num_jets for sample in samples] for samples in (pair, halves))
     return float(np.sqrt(sum(first) / sum(second)))
 
 
-def _distance_rows(class_name, pair, halves, draws, num_jets, seed, options) -> list[dict[str, Any]]:
-    observed = [observe(jets, **options) for jets in pair]
+def _distance_rows(class_name, observed, halves, draws, num_jets, seed) -> list[dict[str, Any]]:
     names = [*NAMES, *(name for name in EXTRA if all(name in o.constituents for o in observed))]
     values = resampled_distances(*observed, names, num_jets, draws, seed)
     floor = resampled_distances(*(observed[0].select(half) for half in halves), names, num_jets, draws, seed)
-    shrink = _shrink(pair, halves, num_jets)
+    shrink = _shrink(observed, halves, num_jets)
     # with clipped values all are in some bin: whether they are renormalised makes no difference
     variants = {
         "reversed_kl": {},
@@ -187,21 +200,50 @@ def _jetnet_rows(class_name, pair, halves, num_jets, emd_jets, emd_draws, seed) 
     return rows
 
 
+def _classifier_rows(
+    class_name: str, pair: tuple[Jets, Jets], observed: Sequence[JetObservables], seed: int
+) -> list[dict[str, Any]]:
+    """AUC on the kinematics, and on the kinematics with what the constituents are."""
+    rng = np.random.default_rng(seed)
+    size = min(*map(len, pair), CLASSIFIED_JETS)
+    chosen = [rng.permutation(len(jets))[:size] for jets in pair]
+    kinematics = [classifier_features(o.select(which)) for o, which in zip(observed, chosen, strict=True)]
+    particles = [particle_features(jets.select(which)) for jets, which in zip(pair, chosen, strict=True)]
+    features = {"kinematics": kinematics}
+    if particles[0].shape[1]:
+        both = zip(kinematics, particles, strict=True)
+        features["kinematics, types, impact parameters"] = [np.hstack(arrays) for arrays in both]
+    rows = []
+    for title, (real, generated) in features.items():
+        auc, error = two_sample_auc(real, generated, seed=seed)
+        rows.append({"class": class_name, "features": title, "jets": size, "auc": auc, "error": error})
+    return rows
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
-    return [
+    notes = [
         f"{report['real']} real and {report['generated']} generated jets. W1, KL (30 bins of equal parts of the real "
         f"sample): means and standard deviations over {report['draws']} draws of jets with replacement. floor: the "
         "same between halves of the real jets, scaled to the sizes of the samples. KL(gen., real): 100 bins of the "
         "real sample, values outside dropped and the rest normalised, as many disjoint splits as draws; its variants "
-        "are in the JSON. JetNet metrics: pT of constituents over that of the jet unless in GeV. FPND is of a network "
-        "trained on the JetNet data and is not computed."
+        "are in the JSON. JetNet metrics: pT of constituents over that of the jet unless in GeV."
     ]
+    if report["classifier"]:
+        notes.append(
+            "Classifier test: boosted trees on features of the jets, five-fold cross-validated; 0.5: cannot be told "
+            "apart. Networks that see the constituents, as published, find more."
+        )
+    if "fpnd" in report:
+        found = report["fpnd"]
+        notes.append(f"FPND to the {found['type']} jets of JetNet: {found['value']:.4g} ({found['jets']} jets).")
+    return notes
 
 
 def _tables(report: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]], dict[str, str]]]:
     tables = [
         ("Observables and features", report["distances"], DISTANCE_COLUMNS),
         ("JetNet metrics", report["jetnet"], JETNET_COLUMNS),
+        ("Classifier test", report["classifier"], CLASSIFIER_COLUMNS),
         ("Particle types", report["types"], TYPE_COLUMNS),
         ("Impact parameters", report["impact_parameters"], IMPACT_COLUMNS),
     ]
@@ -232,6 +274,33 @@ def save_report(report: dict[str, Any], path: str | Path) -> Path:
     raise ValueError(f"{path}: the report is written as .json or .md, got {path.suffix or 'no ending'!r}")
 
 
+def draw_plots(
+    report: dict[str, Any],
+    real: Jets,
+    generated: Jets,
+    folder: Path,
+    ending: str = "png",
+    per_class: bool = True,
+    **options: Any,
+) -> list[Path]:
+    """Pictures of a report of `compare_sets`: observables of all jets and of every class, types, impact parameters."""
+    from hepzoo.evaluation.plots_jets import plot_overview
+    from hepzoo.evaluation.plots_sets import plot_impact_parameters, plot_particle_types
+
+    samples = by_class(real, generated)
+    samples = samples if per_class else {"all": samples["all"]}
+    paths = []
+    for name, pair in samples.items():
+        title = f"{name}: {len(pair[0]):,} real, {len(pair[1]):,} generated jets"
+        observed = [observe(jets, **options) for jets in pair]
+        paths.append(plot_overview(*observed, folder / f"observables_{name}.{ending}", title=title))
+    if report["types"]:
+        paths.append(plot_particle_types(report, folder / f"particle_types.{ending}"))
+    if report["impact_parameters"]:
+        paths.append(plot_impact_parameters(samples, folder / f"impact_parameters.{ending}"))
+    return paths
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hepzoo evaluate sets",
@@ -245,8 +314,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--emd_jets", type=int, default=0, help="jets of a draw for coverage and MMD (0: without)")
     parser.add_argument("--emd_draws", type=_positive, default=10, help="draws for coverage and MMD (10)")
     parser.add_argument("--no_classes", action="store_true", help="only all jets together")
+    parser.add_argument("--no_classifier", action="store_true", help="leave out the real-or-generated classifiers")
+    parser.add_argument("--fpnd", choices=JETNET_TYPES, help="FPND to these jets of JetNet; needs --fpnd_files")
+    parser.add_argument(
+        "--fpnd_files",
+        type=Path,
+        metavar="FOLDER",
+        help="network and statistics that the jetnet package brings in fpnd_resources/jetnet/30_particles",
+    )
     parser.add_argument("--output", type=Path, nargs="+", default=[], metavar="FILE", help="write .json or .md")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw particle types and impact parameters")
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="draw observables, particle types and impact parameters"
+    )
     parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="of the pictures (png)")
     return parser
 
@@ -260,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--output must end in .json or .md, got {path}")
     if args.emd_jets < 0:
         parser.error(f"--emd_jets must be at least 0, got {args.emd_jets}")
+    if (args.fpnd is None) != (args.fpnd_files is None):
+        parser.error("--fpnd and --fpnd_files belong together: a type of JetNet jets, and the folder of its network")
     options = {"keep_mass": args.keep_mass, "recombination": args.axes, "pseudorapidity": args.published_axes}
     try:
         columns = known_columns(args.real, args.generated)
@@ -267,6 +348,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             read_particle_jets(files, columns, classes, args.max_jets).cut(args.max_relative, args.max_constituents)
             for files, classes in ((args.real, args.classes), (args.generated, None))
         )
+        fpnd = {}
+        if args.fpnd is not None:
+            distance = frechet_particlenet_distance(generated, args.fpnd, args.fpnd_files)
+            fpnd = {"fpnd": {"type": args.fpnd, "value": distance, "jets": len(generated)}}
         report = compare_sets(
             real,
             generated,
@@ -275,20 +360,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.emd_jets,
             args.emd_draws,
             not args.no_classes,
+            not args.no_classifier,
             args.seed,
             **options,
         )
+        report |= fpnd
         sys.stdout.write(format_report(report) + "\n")
         for path in args.output:
             sys.stdout.write(f"report written to {save_report(report, path)}\n")
         if args.plots is not None:
-            from hepzoo.evaluation.plots_sets import plot_impact_parameters, plot_particle_types
-
-            if report["types"]:
-                sys.stdout.write(f"{plot_particle_types(report, args.plots / f'particle_types.{args.format}')}\n")
-            if report["impact_parameters"]:
-                name = args.plots / f"impact_parameters.{args.format}"
-                sys.stdout.write(f"{plot_impact_parameters(by_class(real, generated), name)}\n")
+            for path in draw_plots(report, real, generated, args.plots, args.format, not args.no_classes, **options):
+                sys.stdout.write(f"{path}\n")
     except (ValueError, OSError, ImportError) as err:
         sys.stderr.write(f"hepzoo evaluate sets: {' '.join(str(err).split())}\n")
         return 2

@@ -4,7 +4,7 @@ Generators such as the EPiC flow (arXiv:2312.00123) make them beside the kinemat
 charged constituents: neutral ones leave no track, whatever numbers a file or a model has for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,44 @@ def _impact_parameters(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return found
 
 
+def particle_features(jets: Jets) -> np.ndarray:
+    """What the constituents of every jet are, for a classifier; shape `(n, k)`, k = 0 without such columns.
+
+    Shares of every particle type in the constituents and in the pT, pT-weighted charge, share of charges of another
+    type; of |d0| / error and |dz| / error of the charged constituents mean, largest and share above 3; mean errors.
+    NaN where a jet has no charged constituent.
+    """
+    features, owner, size = jets.features, jets.owner, len(jets)
+
+    def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        total = np.bincount(owner, weights, size)
+        return np.divide(np.bincount(owner, values * weights, size), total, np.full(size, np.nan), where=total > 0)
+
+    ones = np.ones(len(jets.pt))
+    columns = [mean(features[flag], weights) for flag in TYPES if flag in features for weights in (ones, jets.pt)]
+    if "part_charge" in features:
+        columns.append(mean(np.rint(features["part_charge"]), jets.pt))
+        if all(flag in features for flag in TYPES):
+            columns.append(mean(wrong_charges(features), ones))
+    for name in ("d0_significance", "dz_significance", "d0err", "dzerr"):
+        if name not in features:
+            continue
+        known = np.isfinite(features[name])
+        values = np.where(known, np.abs(features[name]), 0.0)
+        columns.append(mean(values, known))
+        if name.endswith("significance"):
+            largest = np.zeros(size)
+            np.maximum.at(largest, owner, values)
+            columns += [np.where(np.isnan(columns[-1]), np.nan, largest), mean(values > DISPLACED, known)]
+    return np.column_stack(columns) if columns else np.zeros((size, 0))
+
+
+def wrong_charges(features: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Mask of the constituents whose charge is not that of their type: 0 of photons and neutral hadrons, else +-1."""
+    is_charged = np.any([features[flag] == 1 for flag in CHARGED], axis=0)
+    return (np.abs(np.rint(features["part_charge"])) != 1) == is_charged
+
+
 def by_class(real: Jets, generated: Jets) -> dict[str, tuple[Jets, Jets]]:
     """Both samples as a whole ("all"), and each class that both have jets of, if there is more than one."""
     found = {"all": (real, generated)}
@@ -145,11 +183,7 @@ def type_shares(samples: dict[str, tuple[Jets, Jets]]) -> list[dict[str, Any]]:
             return []
         masks = {title: [jets.features[flag] == 1 for jets in pair] for flag, title in TYPES.items()}
         if all("part_charge" in jets.features for jets in pair):
-            masks["charge of another type"] = [
-                (np.abs(np.rint(jets.features["part_charge"])) != 1)
-                == np.any([jets.features[flag] == 1 for flag in CHARGED], axis=0)
-                for jets in pair
-            ]
+            masks["charge of another type"] = [wrong_charges(jets.features) for jets in pair]
         for title, (first, second) in masks.items():
             real, real_error = _share(pair[0], first)
             generated, generated_error = _share(pair[1], second)

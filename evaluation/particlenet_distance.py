@@ -14,6 +14,7 @@ import numpy as np
 from hepzoo.evaluation.jetnet import relative_jets
 
 TYPES = ("g", "q", "t")
+SOURCE = "it is in the folder fpnd_resources/jetnet/30_particles of the jetnet package"
 PARTICLES = 30
 NEIGHBOURS = 16
 CHANNELS = (64, 128, 256)
@@ -77,6 +78,8 @@ def load_particlenet(folder: str | Path) -> Any:
             return self.fc1(x.mean(dim=1))
 
     path = Path(folder) / "pnet_state_dict.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {SOURCE}")
     network = ParticleNet()
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,6 +130,8 @@ def frechet_particlenet_distance(rows: Any, jet_type: str, folder: str | Path) -
     statistics = []
     for name, shape in (("mu", (ACTIVATIONS,)), ("sigma", (ACTIVATIONS, ACTIVATIONS))):
         path = Path(folder) / f"{jet_type}_{name}.txt"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; {SOURCE}")
         try:
             values = np.loadtxt(path)
         except (OSError, ValueError) as error:

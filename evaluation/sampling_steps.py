@@ -27,7 +27,7 @@ from hepzoo.evaluation.tables import format_table, plain, write_text
 from hepzoo.evaluation.tracks_dirc import expand_paths
 
 SOLVERS = ("euler", "midpoint", "rk4", "dopri5")
-STEPS = (4, 8, 16, 32, 64, 100)
+STEPS = (4, 8, 16, 24, 32, 64, 100)
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 PUBLISHED = {"epic_fm": ("midpoint", 99), "omnilearned": ("midpoint", 127)}
 CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "rk4": 4}
@@ -348,7 +348,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--n_jets", type=_positive, default=1000, help="random jets of the real ones (1000)")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS), help="default: all")
     parser.add_argument(
-        "--steps", nargs="+", type=_positive, default=list(STEPS), help="of the fixed-step solvers (4 8 16 32 64 100)"
+        "--steps",
+        nargs="+",
+        type=_positive,
+        default=list(STEPS),
+        help="of the fixed-step solvers (4 8 16 24 32 64 100)",
     )
     parser.add_argument(
         "--tolerances", nargs="+", type=float, default=list(TOLERANCES), help="of dopri5 (0.01 0.001 0.0001)"

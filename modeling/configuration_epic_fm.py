@@ -16,9 +16,10 @@ class EpicFMConfig(PreTrainedConfig):
     layers of arXiv:2301.08128): the constituents of a jet exchange information through their mean and sum and a latent
     vector of the jet.
 
-    The defaults have the sizes of the published JetClass model (8,504,698 parameters). Two things are different, and
+    The defaults have the sizes of the published JetClass model (8,504,698 parameters). Three things are different, and
     converted checkpoints set them to what was published: the published network has `output_activation` (a leaky ReLU on
-    the velocity, which must reach both signs) and the `"cosine"` embedding of time.
+    the velocity, which must reach both signs) and the `"cosine"` embedding of time, and its jets are made in 99
+    midpoint steps (those of fewer steps cannot be told from them, see `evaluation/results_sets.md`).
 
     Args:
         num_features (`int`): of a constituent.
@@ -41,7 +42,8 @@ class EpicFMConfig(PreTrainedConfig):
         label_dropout (`float`): share of the training jets without their class, for classifier-free guidance.
         sigma_min (`float`): width of the path at the data, x_t = (1 - t) x + (sigma_min + (1 - sigma_min) t) z.
         max_num_particles (`int`): most constituents of a generated jet.
-        num_inference_steps (`int`), solver (`str`): of `generate`.
+        num_inference_steps (`int`), solver (`str`): of `generate`. With `"sincos"` no power of two: at its steps
+            more than half of the embedding is the same at all times, as it never is in training.
     """
 
     model_type = "epic_fm"
@@ -67,7 +69,7 @@ class EpicFMConfig(PreTrainedConfig):
     label_dropout: float | int = 0.0
     sigma_min: float | int = 1e-4
     max_num_particles: int = 128
-    num_inference_steps: int = 99
+    num_inference_steps: int = 24
     solver: str = "midpoint"
 
     def validate_architecture(self):

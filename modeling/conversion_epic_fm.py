@@ -33,6 +33,7 @@ PUBLISHED_FEATURES = [
 ]
 # classes of JetClass, in front of the other conditions
 NUM_CLASSES = 10
+PUBLISHED_STEPS = 99
 # the conditions that the reference can be configured with, in its order
 OPTIONAL_CONDITIONS = ("pt", "energy", "eta", "sdmass", "nparticles")
 
@@ -113,8 +114,10 @@ def convert_config(
     reference_config: dict[str, Any], state_dict: dict[str, torch.Tensor], frequencies: torch.Tensor | None = None
 ) -> EpicFMConfig:
     """
-    Configuration of a *converted* state dict, with the published time embedding and output activation. The reference's
-    settings have the published values where the configuration does not name them, and must not contradict the shapes.
+    Configuration of a *converted* state dict, with the published time embedding, output activation and number of steps
+    (its velocity is not smooth in time, and fewer steps, enough for models trained here, were not tried with its
+    weights). The reference's settings have the published values where the configuration does not name them,
+    and must not contradict the shapes.
 
     Args:
         frequencies: that the checkpoint brings.
@@ -193,6 +196,8 @@ def convert_config(
             global_conditions=global_width > 0,
             sigma_min=1e-4 if sigma is None else sigma,
             max_num_particles=_find_integer(reference_config, "num_particles", 128, 1),
+            solver="midpoint",
+            num_inference_steps=PUBLISHED_STEPS,
         )
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from None

@@ -8,6 +8,7 @@ the mixin brings the solvers, sets of variable multiplicity without padding, and
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ BATCH_SLOTS = {"cpu": 4096}
 BATCH_SLOTS_ACCELERATOR = 131072
 
 Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class SolverError(RuntimeError):
+    """The field could not be solved: it is not finite, or the tolerance is out of reach."""
 
 
 @dataclass
@@ -106,7 +111,7 @@ def solve_dopri5(
         num_elements: of `x` that count in the mean (the others are padding, without error); by default all.
 
     Raises:
-        RuntimeError: more than `MAX_DOPRI5_STEPS` steps, or a step of size 0.
+        SolverError: more than `MAX_DOPRI5_STEPS` steps, or a step of size 0.
     """
 
     def at(time: float) -> torch.Tensor:
@@ -135,8 +140,8 @@ def solve_dopri5(
         # a field that is not finite ends here too
         size *= 5.0 if error == 0 else min(5.0, max(0.2, 0.9 * error**-0.2))
         if not abs(size) > 1e-9 * abs(end - start):
-            raise RuntimeError(f"dopri5: no step is small enough for rtol {rtol}, atol {atol} at time {time:.6f}")
-    raise RuntimeError(f"dopri5: more than {MAX_DOPRI5_STEPS} steps with rtol {rtol}, atol {atol}")
+            raise SolverError(f"dopri5: no step is small enough for rtol {rtol}, atol {atol} at time {time:.6f}")
+    raise SolverError(f"dopri5: more than {MAX_DOPRI5_STEPS} steps with rtol {rtol}, atol {atol}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +250,8 @@ class FlowMatchingGenerationMixin:
         batch_size: int | None = None,
         progress_bar: bool = False,
         noise: torch.Tensor | None = None,
-        rtol: float = 1e-4,
-        atol: float = 1e-4,
+        rtol: float | None = None,
+        atol: float | None = None,
         **inputs,
     ) -> FlowSample:
         r"""
@@ -257,9 +262,9 @@ class FlowMatchingGenerationMixin:
             attention_mask (`(batch, slots)`): 1 for the slots to fill.
             labels (`(batch,)`): classes.
             conditions (`(batch, num_conditions)`): as the network takes them.
-            num_inference_steps (`int`): steps of a fixed-step solver, by default the published number.
-            solver (`"midpoint"`, `"euler"`, `"rk4"` or `"dopri5"`): by default the published one. `"dopri5"` chooses
-                its steps by `rtol` and `atol`.
+            num_inference_steps (`int`): steps of a fixed-step solver, by default those of the configuration.
+            solver (`"midpoint"`, `"euler"`, `"rk4"` or `"dopri5"`): by default that of the configuration. `"dopri5"`
+                chooses its steps by `rtol` and `atol` (1e-4 each).
             generator (`torch.Generator`): of the noise; the result does not depend on how sets are batched.
             guidance_scale (`float`): w of classifier-free guidance (arXiv:2207.12598), v = v(none) + w (v(label) -
                 v(none)), if the model was trained with dropped labels. 1 is no guidance.
@@ -270,6 +275,7 @@ class FlowMatchingGenerationMixin:
 
         Raises:
             ValueError: naming the argument, its row and value, and what was expected.
+            SolverError: naming the row, if a set is not finite; or `"dopri5"` cannot keep its tolerance.
         """
         config = self.config
         device = self.device
@@ -279,16 +285,19 @@ class FlowMatchingGenerationMixin:
         if solver == "dopri5":
             if num_inference_steps is not None:
                 raise ValueError("`num_inference_steps` is for fixed steps; 'dopri5' chooses them by `rtol` and `atol`")
-            if not (0 <= rtol < math.inf and 0 < atol < math.inf):
+            rtol, atol = (1e-4 if value is None else value for value in (rtol, atol))
+            if not (_is_number(rtol) and _is_number(atol) and atol > 0):
                 raise ValueError(f"`rtol` is {rtol}, `atol` {atol}, expected finite numbers of at least 0 and above 0")
             times = None
         else:
+            for name, value in (("rtol", rtol), ("atol", atol)):
+                if value is not None:
+                    raise ValueError(f"`{name}` is for 'dopri5'; {solver!r} takes `num_inference_steps`")
             steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
-            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            if not _is_count(steps):
                 raise ValueError(f"`num_inference_steps` is {steps!r}, expected an integer of at least 1")
-            times = self.sampling_times(steps).to(device)
-        is_count = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
-        if batch_size is not None and not is_count:
+            times = self.sampling_times(int(steps)).to(device)
+        if batch_size is not None and not _is_count(batch_size):
             raise ValueError(f"`batch_size` is {batch_size!r}, expected an integer of at least 1")
         if not isinstance(generator, (torch.Generator, type(None))):
             raise ValueError(f"`generator` is {type(generator).__name__}, expected a torch.Generator")
@@ -313,7 +322,7 @@ class FlowMatchingGenerationMixin:
         max_slots = BATCH_SLOTS.get(device.type, BATCH_SLOTS_ACCELERATOR)
         batches = multiplicity_batches(counts, max_slots, overhead)
         if batch_size is not None:
-            batches = [part for batch in batches for part in batch.split(batch_size)]
+            batches = [part for batch in batches for part in batch.split(int(batch_size))]
 
         particles = torch.zeros(*mask.shape, features)
         evaluations = 0
@@ -336,6 +345,10 @@ class FlowMatchingGenerationMixin:
                 evaluations = max(evaluations, field.evaluations)
                 rows_of, columns = is_particle.nonzero(as_tuple=True)
                 particles[index[rows_of], taken[rows_of, columns]] = x.cpu()[rows_of, columns]
+        is_finite = particles.isfinite().all(dim=2).all(dim=1)
+        if not is_finite.all():
+            row = int((~is_finite).nonzero()[0])
+            raise SolverError(f"row {row}: not finite after {evaluations} evaluations of the velocity")
         return FlowSample(
             particles=particles.to(device),
             attention_mask=mask.long().to(device),
@@ -354,6 +367,8 @@ class FlowMatchingGenerationMixin:
             counts = mask.sum(dim=1)
         else:
             counts = _tensor("num_particles", num_particles)
+            if counts.shape == (0,):
+                counts = counts.long()
             if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
                 found = f"shape {tuple(counts.shape)} and dtype {counts.dtype}"
                 raise ValueError(f"`num_particles` has {found}, expected (batch,) integers")
@@ -373,8 +388,8 @@ class FlowMatchingGenerationMixin:
     def _check_guidance(self, guidance_scale: float | None, labels):
         if guidance_scale is None:
             return
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or guidance_scale < 0:
-            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, expected a number of at least 0")
+        if not _is_number(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, expected a finite number of at least 0")
         if not getattr(self.config, "label_dropout", 0) > 0:
             raise ValueError("`guidance_scale` needs a model that was trained with dropped labels, `label_dropout` > 0")
         if labels is None:
@@ -397,9 +412,21 @@ class FlowMatchingGenerationMixin:
 def _tensor(name: str, values: Any) -> torch.Tensor:
     """`values` on the CPU."""
     try:
-        return torch.as_tensor(values).cpu()
+        tensor = torch.as_tensor(values).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"`{name}` is {type(values).__name__}, expected a tensor or lists of numbers") from None
+    if tensor.is_complex():
+        raise ValueError(f"`{name}` is {tensor.dtype}, expected real numbers")
+    return tensor
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    """Finite and at least 0."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 class _Field:
@@ -446,4 +473,4 @@ class _progress:
             self.bar.close()
 
 
-__all__ = ["FlowMatchingGenerationMixin", "FlowSample"]
+__all__ = ["FlowMatchingGenerationMixin", "FlowSample", "SolverError"]

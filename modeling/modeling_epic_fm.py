@@ -276,14 +276,18 @@ class EpicFMModel(EpicFMPreTrainedModel):
         self.post_init()
 
     def encode_conditions(
-        self, batch_size: int, class_ids: torch.LongTensor | None, conditions: torch.Tensor | None
+        self,
+        batch_size: int,
+        class_ids: torch.LongTensor | None,
+        conditions: torch.Tensor | None,
+        name: str = "class_ids",
     ) -> torch.Tensor | None:
         """
         What the network sees, (batch, num_conditions), or `None` if it has no conditions.
 
         Args:
             class_ids (`(batch,)`): -1 for no class. conditions (`(batch, ...)`): those of `condition_names`; without
-                `class_ids` the one-hot classes in front of them.
+                `class_ids` the one-hot classes in front of them. name: of `class_ids` in errors.
 
         Raises:
             ValueError: naming the row and the value.
@@ -291,20 +295,20 @@ class EpicFMModel(EpicFMPreTrainedModel):
         config = self.config
         num_others = len(config.condition_names)
         if config.num_conditions == 0:
-            for name, values in (("class_ids", class_ids), ("conditions", conditions)):
+            for given, values in ((name, class_ids), ("conditions", conditions)):
                 if values is not None:
-                    raise ValueError(f"`{name}` were given, but the model has no conditions")
+                    raise ValueError(f"`{given}` were given, but the model has no conditions")
             return None
         width = config.num_conditions if class_ids is None else num_others
         if conditions is None and width > 0:
-            needed = " and ".join(["`class_ids`"] * (config.num_classes > 0) + ["`conditions`"] * (num_others > 0))
+            needed = " and ".join([f"`{name}`"] * (config.num_classes > 0) + ["`conditions`"] * (num_others > 0))
             raise ValueError(f"the model needs {needed}: {config.num_classes} classes, {list(config.condition_names)}")
         parts = []
         if class_ids is not None:
             if config.num_classes == 0:
-                raise ValueError("`class_ids` were given, but the model has no classes")
-            check_shape("class_ids", class_ids, (batch_size,))
-            check_integers("class_ids", class_ids)
+                raise ValueError(f"`{name}` were given, but the model has no classes")
+            check_shape(name, class_ids, (batch_size,))
+            check_integers(name, class_ids)
             self._check_rows(
                 (class_ids >= -1) & (class_ids < config.num_classes),
                 class_ids,
@@ -313,7 +317,8 @@ class EpicFMModel(EpicFMPreTrainedModel):
             classes = torch.arange(config.num_classes, device=class_ids.device)
             parts.append((class_ids.unsqueeze(-1) == classes).to(self.dtype))
         if width > 0:
-            check_shape("conditions", conditions, (batch_size, width))
+            without = "" if class_ids is not None or config.num_classes == 0 else f"` without `{name}"
+            check_shape(f"conditions{without}", conditions, (batch_size, width))
             self._check_rows(conditions.isfinite().all(dim=-1), conditions, "finite conditions")
             parts.append(conditions.to(self.dtype))
         return torch.cat(parts, dim=-1)
@@ -523,7 +528,7 @@ class EpicFMForGeneration(FlowMatchingGenerationMixin, EpicFMPreTrainedModel):
     def check_sampling_inputs(self, attention_mask, labels=None, conditions=None, **inputs):
         if inputs:
             raise ValueError(f"unknown input {next(iter(inputs))!r}, expected `labels` and `conditions`")
-        self.model.encode_conditions(len(attention_mask), labels, conditions)
+        self.model.encode_conditions(len(attention_mask), labels, conditions, "labels")
 
     def prepare_sampling(self, labels=None, conditions=None, attention_mask=None) -> dict[str, Any]:
         encoded = self.model.encode_conditions(len(attention_mask), labels, conditions)

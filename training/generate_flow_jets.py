@@ -26,7 +26,7 @@ EXAMPLES = """\
 examples:
   hepzoo generate flow-jets --model runs/epic --n_jets 1000 --output generated
   hepzoo generate flow-jets --model runs/epic --ema --classes label_QCD label_Tbqq --n_jets 10000 --output generated
-  hepzoo generate flow-jets --model runs/epic --solver midpoint --num_inference_steps 16 --n_jets 1000 --output quick
+  hepzoo generate flow-jets --model runs/epic --solver rk4 --num_inference_steps 10 --n_jets 1000 --output quick
   hepzoo generate flow-jets --model runs/generator --conditions_from data/jets/test.parquet --n_jets 1000 --output same
   accelerate launch --num_processes 4 training/generate_flow_jets.py --model runs/epic --n_jets 1000000 --output big
 """
@@ -157,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling", "default: the configuration of the model")
     sampling.add_argument("--solver", choices=["euler", "midpoint", "rk4", "dopri5"], help="of the flow")
     sampling.add_argument("--num_inference_steps", type=int, help="steps of a fixed-step solver")
+    sampling.add_argument("--tolerance", type=float, help="relative and absolute, of dopri5 (its default 1e-4)")
     sampling.add_argument("--guidance_scale", type=float, help="classifier-free guidance; needs label_dropout")
     sampling.add_argument("--batch_size", type=int, help="most jets at a time (default: as many as are fast)")
     sampling.add_argument(
@@ -194,6 +195,8 @@ def run(arguments: argparse.Namespace):
         options["jets_sha256"] = hashlib.sha256(json.dumps(real).encode()).hexdigest()
     wanted = ("solver", "num_inference_steps", "guidance_scale", "batch_size")
     sampling = {name: getattr(arguments, name) for name in wanted if getattr(arguments, name) is not None}
+    if arguments.tolerance is not None:
+        sampling |= {"rtol": arguments.tolerance, "atol": arguments.tolerance}
     more = {"postprocess": False} if arguments.no_postprocess else {}
     if more and not hasattr(extractor, "postprocess"):
         raise ValueError("--no_postprocess: only for the EPiC flow")
@@ -228,9 +231,11 @@ def run(arguments: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = build_parser().parse_args(argv)
+    from hepzoo.modeling.flow_sampling import SolverError
+
     try:
         run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SolverError) as error:
         print(f"hepzoo generate flow-jets: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

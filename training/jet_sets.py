@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from hepzoo.tokenization.jet_features import FOUR_MOMENTUM
@@ -274,6 +276,26 @@ class NumberedRows(torch.utils.data.Dataset):
         columns = self.dataset[indices]
         return [dict(zip(columns, values), row=row) for row, values in zip(indices, zip(*columns.values()))]
 
+    def lengths(self) -> list[int]:
+        """Constituents of every jet."""
+        momenta = self.dataset.select_columns([FOUR_MOMENTUM[0]]).with_format("arrow")
+        return [n for batch in momenta.iter(10_000) for n in pc.list_value_length(batch[FOUR_MOMENTUM[0]]).to_pylist()]
+
+
+class LikeLengthSampler(LengthGroupedSampler):
+    """
+    Batches of jets of about the same multiplicity, hence of little padding, in random order. (Those of
+    `LengthGroupedSampler` come by falling multiplicity, 50 at a time, which the weights would follow.)
+    """
+
+    def __iter__(self):
+        indices = torch.tensor(list(super().__iter__()))
+        batches = list(indices.split(self.batch_size))
+        # the last one may be smaller: all others have to stay whole
+        order = torch.randperm(len(indices) // self.batch_size).tolist()
+        order += range(len(order), len(batches))
+        return iter(torch.cat([batches[k] for k in order]).tolist())
+
 
 def prepare_jets(raw: RawDatasets, extractor: Any):
     """Keeps the columns that the extractor reads, in place, and numbers the rows; lists become arrays."""
@@ -328,7 +350,8 @@ def is_omnilearned(extractor: Any) -> bool:
 
 class JetSetTrainer(PhysicsTrainer):
     """
-    `PhysicsTrainer` with the optimizer Lion and its groups of parameters, and the same noise in every validation.
+    `PhysicsTrainer` with the optimizer Lion and its groups of parameters, the same noise in every validation, and, with
+    `--train_sampling_strategy group_by_length`, batches of jets of like multiplicity.
 
     `lion` holds arguments of `Lion`, or is `None` for `--optim`; layers whose names begin with one of `new_layers`
     learn at `head_lr_factor` times the rate.
@@ -337,6 +360,15 @@ class JetSetTrainer(PhysicsTrainer):
     lion: dict[str, Any] | None = None
     new_layers: tuple[str, ...] = NEW_LAYERS
     head_lr_factor: float = 1.0
+
+    def _get_train_sampler(self, train_dataset=None):
+        jets = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(jets, NumberedRows):
+            return LikeLengthSampler(self.args.train_batch_size, lengths=jets.lengths())
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model=None):
         if self.optimizer is not None or (self.lion is None and self.head_lr_factor == 1):
@@ -404,26 +436,6 @@ def make_set_trainer(
     trainer.head_lr_factor = set_args.head_lr_factor
     trainer.new_layers = getattr(model, "new_weights", ()) or NEW_LAYERS
     return trainer
-
-
-def train_and_evaluate(
-    trainer: JetSetTrainer, raw: RawDatasets, data_args: Any, training_args: Any, checkpoint: str | None
-):
-    """Training and validation as asked for, with model, metrics and state in the output folder."""
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(raw.train)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(raw.validation)
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
 
 
 def read_jet_files(patterns: list[str] | str, option: str, extractor: Any) -> dict[str, list]:

@@ -21,6 +21,7 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
 )
 from hepzoo.training.data import DataTrainingArguments, load_raw_datasets, parse_assignments
 from hepzoo.training.jet_sets import (
@@ -31,7 +32,6 @@ from hepzoo.training.jet_sets import (
     make_set_trainer,
     model_settings,
     prepare_jets,
-    train_and_evaluate,
 )
 
 logger = logging.get_logger("hepzoo.training.run_flow_matching")
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": describe_data(data_args),
         "datasets": data_args.dataset_name,
     }
-    train_and_evaluate(trainer, raw, data_args, training_args, checkpoint)
+    train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
 

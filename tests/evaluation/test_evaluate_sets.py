@@ -212,16 +212,62 @@ def test_command(files, tmp_path, capsys):
         "w1m", "w1p", "w1p_eta", "w1p_phi", "w1p_pt", "w1efp", "coverage", "mmd",
         "w1m_gev", "w1p_gev", "w1p_pt_gev", "w1efp_gev",
     }  # fmt: skip
-    assert Path(outputs[1]).read_text().count("\n## ") == 4
-    for name in ("particle_types", "impact_parameters"):
+    auc = {(row["class"], row["features"]): row["auc"] for row in report["classifier"]}
+    everything = "kinematics, types, impact parameters"
+    assert set(auc) == {(name, f) for name in ("all", "QCD", "Tbqq") for f in ("kinematics", everything)}
+    # ten times as many muons
+    assert auc["all", everything] > 0.85 > auc["all", "kinematics"]
+    assert Path(outputs[1]).read_text().count("\n## ") == 5
+    pictures = ["particle_types", "impact_parameters", *(f"observables_{name}" for name in ("all", "QCD", "Tbqq"))]
+    assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == sorted(pictures)
+    for name in pictures:
         picture = imread(tmp_path / "plots" / f"{name}.png")
         assert picture.shape[0] > 300 and picture[..., :3].std() > 0.02
+
+
+def test_particle_features(samples):
+    jets = samples[0]
+    found = jet_particles.particle_features(jets)
+    assert found.shape == (len(jets), 10 + 2 + 3 + 3 + 1 + 1)
+    jet, part = 4, slice(*jets.offsets[4:6])
+    features = {name: values[part] for name, values in jets.features.items()}
+    pt = jets.pt[part]
+    assert found[jet, 0] == pytest.approx(features["part_isChargedHadron"].mean())
+    assert found[jet, 1] == pytest.approx((features["part_isChargedHadron"] * pt).sum() / pt.sum())
+    assert found[jet, 10] == pytest.approx((features["part_charge"] * pt).sum() / pt.sum())
+    assert (found[:, 11] == 0).all()
+    size = np.abs(features["d0_significance"][np.isfinite(features["d0_significance"])])
+    np.testing.assert_allclose(found[jet, 12:15], [size.mean(), size.max(), np.mean(size > 3)])
+    assert found[jet, 18] == pytest.approx(np.nanmean(features["d0err"]))
+    # without charged constituents there is no impact parameter
+    neutral = jets.keep(jets.features["part_charge"] == 0)
+    some = neutral.multiplicity > 0
+    found = jet_particles.particle_features(neutral.select(some))
+    assert np.isnan(found[:, 12:]).all() and np.isfinite(found[:, :12]).all()
+    assert jet_particles.particle_features(as_jets(random_jets(5))).shape == (5, 0)
+
+
+def test_fpnd_of_the_command(files, tmp_path, capsys, monkeypatch):
+    arguments = ["--real", str(files / "real.parquet"), "--generated", str(files / "generated.parquet")]
+    arguments += ["--draws", "1", "--draw_jets", "20", "--no_classes", "--no_classifier"]
+    assert evaluate_sets.main([*arguments, "--fpnd", "t", "--fpnd_files", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "t_mu.txt is missing; it is in the folder fpnd_resources" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        evaluate_sets.main([*arguments, "--fpnd", "t"])
+    assert "--fpnd and --fpnd_files belong together" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate_sets, "frechet_particlenet_distance", lambda jets, kind, folder: 0.25 * len(jets))
+    assert evaluate_sets.main([*arguments, "--fpnd", "t", "--fpnd_files", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "FPND to the t jets of JetNet: 25 (100 jets)." in out and "Classifier" not in out
 
 
 def test_floors_are_scaled_to_the_samples(samples):
     """The floor of a sample against another one of the same kind is about its distance."""
     jets = as_jets(random_jets(400, seed=5)), as_jets(random_jets(400, seed=6))
     report = compare_sets(*jets, draws=3, per_class=False)
+    (row,) = report["classifier"]
+    assert row["features"] == "kinematics" and row["jets"] == 400 and abs(row["auc"] - 0.5) < 4 * row["error"] + 0.02
     ratios = [row["w1"] / row["w1_floor"] for row in report["distances"] if row["observable"] != "part_ptrel"]
     assert 0.4 < np.median(ratios) < 2.5
     assert report["types"] == [] and report["impact_parameters"] == []

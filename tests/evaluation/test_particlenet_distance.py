@@ -101,9 +101,9 @@ def test_hostile_files(folder, tmp_path):
     jets = random_jets(5)
     with pytest.raises(ValueError, match="unknown jet type 'W', expected one of g, q, t"):
         frechet_particlenet_distance(jets, "W", folder)
-    with pytest.raises(ValueError, match=r"g_mu.txt: not the published statistics"):
+    with pytest.raises(ValueError, match=r"g_mu.txt is missing; it is in the folder fpnd_resources"):
         frechet_particlenet_distance(jets, "g", folder)
-    with pytest.raises(ValueError, match="not the published ParticleNet"):
+    with pytest.raises(ValueError, match="pnet_state_dict.pt is missing; it is in the folder fpnd_resources"):
         load_particlenet(tmp_path)
     (tmp_path / "pnet_state_dict.pt").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="not a file of weights|not the published ParticleNet"):

@@ -11,6 +11,7 @@ from hepzoo.modeling import flow_sampling
 from hepzoo.modeling.flow_sampling import (
     FIXED_STEP_SOLVERS,
     FlowMatchingGenerationMixin,
+    SolverError,
     multiplicity_batches,
     solve_dopri5,
     solve_fixed,
@@ -98,9 +99,9 @@ def test_dopri5_local_error_is_of_order_five():
 
 
 def test_hostile_dopri5_field_that_is_not_finite():
-    with pytest.raises(RuntimeError, match="dopri5: no step is small enough"):
+    with pytest.raises(SolverError, match="dopri5: no step is small enough"):
         solve_dopri5(lambda x, time: x * torch.nan, torch.ones(2), 1.0, 0.0, 1e-4, 1e-4)
-    with pytest.raises(RuntimeError, match="dopri5"):
+    with pytest.raises(SolverError, match="dopri5"):
         solve_dopri5(lambda x, time: x / 0, torch.ones(2), 1.0, 0.0, 1e-4, 1e-4)
 
 
@@ -243,6 +244,12 @@ HOSTILE = [
     ({"num_inference_steps": 10, "solver": "dopri5"}, "is for fixed steps"),
     ({"solver": "dopri5", "atol": 0.0}, "`atol` 0.0"),
     ({"solver": "dopri5", "rtol": float("inf")}, "`rtol` is inf"),
+    ({"solver": "dopri5", "rtol": "small"}, "`rtol` is small"),
+    ({"solver": "dopri5", "atol": float("nan")}, "`atol` nan"),
+    ({"rtol": 1e-3}, "`rtol` is for 'dopri5'; 'midpoint' takes `num_inference_steps`"),
+    ({"solver": "euler", "atol": 1e-3}, "`atol` is for 'dopri5'"),
+    ({"num_inference_steps": True}, "`num_inference_steps` is True"),
+    ({"num_inference_steps": "9"}, "`num_inference_steps` is '9'"),
     ({"batch_size": 0}, "`batch_size` is 0"),
     ({"batch_size": True}, "`batch_size` is True"),
     ({"generator": 3}, "`generator` is int, expected a torch.Generator"),
@@ -251,6 +258,10 @@ HOSTILE = [
     ({"noise": [[1.0], [2.0, 3.0]]}, "`noise` is list, expected a tensor or lists of numbers"),
     ({"guidance_scale": 2.0, "labels": [0, 1]}, "needs a model that was trained with dropped labels"),
     ({"guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
+    ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+    ({"guidance_scale": float("inf")}, "`guidance_scale` is inf"),
+    ({"num_particles": []}, "the batch is empty"),
+    ({"noise": torch.zeros(2, 3, 2, dtype=torch.complex64)}, "`noise` is torch.complex64, expected real numbers"),
     ({"noise": torch.zeros(2, 3, 5)}, "`noise` has shape (2, 3, 5), expected (2, 3, 2)"),
     ({"noise": torch.full((2, 3, 2), torch.nan)}, "`noise` is not finite"),
 ]
@@ -261,6 +272,23 @@ def test_hostile_arguments_of_generate(settings, expected):
     with pytest.raises(ValueError) as error:
         ToyFlow().generate(**{"num_particles": [3, 2], **settings})
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_hostile_field_that_is_not_finite():
+    """A set that the network drove to infinity is not handed out in silence."""
+
+    class Broken(ToyFlow):
+        def velocity(self, x, time, attention_mask, rate, tags):
+            return super().velocity(x, time, attention_mask, rate, tags) / (rate - 3)
+
+    with pytest.raises(SolverError, match="row 1: not finite after 10 evaluations"):
+        Broken().generate([3, 4, 2], labels=[0, 2, 1])
+    assert Broken().generate([3, 4, 2], labels=[0, 3, 1]).particles.isfinite().all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = {"num_inference_steps": np.int64(3), "batch_size": np.int32(1), "solver": "euler"}
+    assert ToyFlow().generate([3, 2], **settings).num_function_evaluations == 3
 
 
 def test_hostile_guidance_without_labels():

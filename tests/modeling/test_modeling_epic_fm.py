@@ -243,7 +243,7 @@ def test_generate_is_the_midpoint_rule_on_the_velocity():
         x = x + size * velocity(x + size / 2 * velocity(x, time), time + size / 2)
     torch.testing.assert_close(sample.particles, x, rtol=1e-4, atol=1e-5)
     default = model.generate(num_particles=[4, 9, 1], **request)
-    assert default.num_function_evaluations == 198
+    assert default.num_function_evaluations == 48
     # finer steps come closer to the adaptive solution; the other embedding is smooth in time
     smooth = make()
     exact = smooth.generate(num_particles=[4, 9, 1], solver="dopri5", rtol=1e-5, atol=1e-5, **request).particles
@@ -254,12 +254,25 @@ def test_generate_is_the_midpoint_rule_on_the_velocity():
     assert errors[0] > errors[1] > errors[2] and errors[2] < errors[0] / 4
 
 
+def test_default_steps_are_told_apart_by_the_embedding():
+    """At the times of powers of two most of the embedding is the same throughout; not at those of the default."""
+    model = make(num_frequencies=16)
+
+    def same_throughout(steps):
+        grid = model.sampling_times(steps)
+        times = torch.cat([grid[1:-1], grid[:-1] + 0.5 * grid.diff()])
+        return int((model.model.time_embedding(times).std(dim=0) < 0.05).sum())
+
+    assert same_throughout(16) > 16 and same_throughout(32) > 16
+    assert same_throughout(model.config.num_inference_steps) == 0 == same_throughout(99)
+
+
 def test_guidance_needs_training_with_dropped_labels():
     model = make(label_dropout=0.5)
     batch = make_batch(model.config, counts=(3,) * 64, slots=3)
     seen = []
     encode = model.model.encode_conditions
-    model.model.encode_conditions = lambda n, ids, conditions: seen.append(ids) or encode(n, ids, conditions)
+    model.model.encode_conditions = lambda n, ids, *others: seen.append(ids) or encode(n, ids, *others)
     model.train()(**batch)
     model.eval()(**batch)
     dropped = (seen[0] == -1).float().mean()
@@ -417,7 +430,7 @@ HOSTILE_BATCHES = [
     ("class_ids", lambda x: x + 0.5, "`class_ids` is torch.float32, expected integers"),
     ("class_ids", lambda x: x > 0, "`class_ids` is torch.bool, expected integers"),
     ("class_ids", lambda x: x[:2], "`class_ids` has shape (2,), expected (3,)"),
-    ("class_ids", None, "`conditions` has shape (3, 2), expected (3, 12)"),
+    ("class_ids", None, "`conditions` without `class_ids` has shape (3, 2), expected (3, 12)"),
     ("conditions", put((1, 0), math.nan), "row 1: [nan"),
     ("conditions", lambda x: x[:, :1], "`conditions` has shape (3, 1), expected (3, 2)"),
     ("conditions", None, "the model needs `class_ids` and `conditions`: 10 classes"),
@@ -464,9 +477,12 @@ def test_hostile_requests_name_the_row_of_the_request():
     request = {"num_particles": [5, 3, 9], "labels": [0, 1, 2], "conditions": torch.zeros(3, 2)}
     for change, expected in (
         ({"labels": [0, 11, 2]}, "row 1: 11, expected class"),
+        ({"labels": [0.5, 1.0, 2.0]}, "`labels` is torch.float32, expected integers"),
+        ({"labels": [[0], [1], [2]]}, "`labels` has shape (3, 1), expected (3,)"),
         ({"conditions": torch.tensor([[0, 0], [0, 0], [0, math.nan]])}, "row 2: [0.0, nan]"),
-        ({"labels": None}, "`conditions` has shape (3, 2), expected (3, 12)"),
-        ({"conditions": None}, "the model needs"),
+        ({"labels": None}, "`conditions` without `labels` has shape (3, 2), expected (3, 12)"),
+        ({"conditions": None}, "the model needs `labels` and `conditions`: 10 classes"),
+        ({"conditions": torch.zeros(3, 2, dtype=torch.complex64)}, "`conditions` is torch.complex64"),
         ({"num_particles": [5, 3, 21]}, "row 2: 21 particles, expected 1 to 20"),
         ({"particle_ids": torch.zeros(3, 9)}, "unknown input 'particle_ids'"),
     ):
