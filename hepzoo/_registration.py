@@ -106,6 +106,7 @@ FAMILIES = (
             ("AutoModelForTokenClassification", "OmniLearnedForTokenClassification"),
             ("AutoModelForPreTraining", "OmniLearnedForPreTraining"),
             ("AutoModelForPreTraining", "OmniLearnedForGeneration"),
+            ("AutoModelForPreTraining", "OmniLearnedForJetGeneration"),
         ),
         feature_extractor="OmniLearnedFeatureExtractor",
     ),

@@ -56,6 +56,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str] | str]] = {
             "jetclass": "hepzoo.data_scripts.convert_jetclass",
             "aspenopenjets": "hepzoo.data_scripts.convert_aspenopenjets",
             "toptagging": "hepzoo.data_scripts.convert_toptagging",
+            "omnilearned": "hepzoo.data_scripts.convert_omnilearned",
             "tpcpp10m": "hepzoo.data_scripts.convert_tpcpp10m",
             "tpc-bin-edges": "hepzoo.data_scripts.tpc_bin_edges",
         },
@@ -81,6 +82,7 @@ examples:
   hepzoo convert-data fm4dirc Pions.pkl Kaons.pkl --output data/fm4dirc
   hepzoo convert-data showers gamma-fullG4.hdf5 --output data/showers
   hepzoo convert-data jetclass TTBar_000.root ZJetsToNuNu_000.root --output data/jets
+  hepzoo convert-data omnilearned top/train/*.h5 --classes QCD Tbqq --output data/top
   hepzoo convert-data tpcpp10m TPCpp-10M --output data/tpc
   hepzoo convert-data tpc-bin-edges data/tpc/unlabeled/*.parquet --output models/extractor
   hepzoo evaluate dirc --real data/dirc --generated generated

@@ -48,7 +48,10 @@ def load_reference_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_strictly(model, state_dict: dict[str, Any], source: str):
-    """Load a converted state dict; missing, unknown or misshapen parameters are one error that lists them all."""
+    """
+    Load a converted state dict; missing, unknown or misshapen parameters are one error that lists them all, and so are
+    those that hold NaN or infinity.
+    """
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in state_dict]
     problems += [f"unknown {name}" for name in state_dict if name not in expected]
@@ -59,6 +62,9 @@ def load_strictly(model, state_dict: dict[str, Any], source: str):
     ]
     if problems:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    broken = [name for name, tensor in state_dict.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ValueError(f"{source} has weights that are not finite numbers: {', '.join(broken)}")
     model.load_state_dict(state_dict)
 
 
@@ -351,6 +357,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """
+    Converts; returns the exit status. Wrong input is a `ValueError` or `OSError`, of which the `hepzoo` command makes
+    one line and the exit status 2.
+    """
     arguments = build_parser().parse_args(argv)
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -48,6 +48,8 @@ class OmniLearnedConfig(PreTrainedConfig):
         num_additional_features (`int`): further features of a particle (impact parameters); 0 without. Published 4.
         num_conditions (`int`): conditions of a jet; 0 without.
         use_time (`bool`): a position for the time of the flow, which generation needs.
+        use_long_skips (`bool`): the second half of the blocks also reads the outputs of the first half, last first. An
+            option of the published network that no published run has set.
         num_particle_labels (`int`): classes of a particle, of `OmniLearnedForTokenClassification`.
         num_event_classes (`int`): the last so many of `num_labels` are classes of events, of their own cross entropy.
         hidden_dropout, attention_dropout, feature_dropout (`float`): in the MLPs, on the attention weights, and the
@@ -65,9 +67,13 @@ class OmniLearnedConfig(PreTrainedConfig):
         codebook_size (`int`): number of codes of a masked particle; 0 to predict its features.
         codebook_features (`int`): features that the codes describe: those of the particle, then additional ones.
         label_smoothing (`float`): of the cross entropy over the codes.
+        mask_particle_types (`bool`): predict `particle_ids` of masked particles too.
+        masked_type_loss_weight (`float`): of that.
 
         noise_mean, noise_std (`list[float]`): of the noise of the flow, per feature.
-        num_inference_steps (`int`): steps of the sampler, published 127 (128 points in time).
+        num_inference_steps (`int`): steps of the sampler. Published are 127 (128 points in time), which converted
+            checkpoints keep; the jets of a small trained network cannot be told from those after 16 midpoint steps
+            (`evaluation/results_sets.md`). `hepzoo evaluate sampling-steps` measures any other.
         solver (`str`): published "midpoint".
         label_dropout (`float`): probability that a jet is generated without its class in training, for guidance.
 
@@ -101,6 +107,7 @@ class OmniLearnedConfig(PreTrainedConfig):
         "perturbed_event_loss",
         "generation_loss",
         "masked_loss",
+        "masked_type_loss",
         "masked_input_loss",
         "contrastive_loss",
         "particle_loss",
@@ -123,6 +130,7 @@ class OmniLearnedConfig(PreTrainedConfig):
     num_additional_features: int = 0
     num_conditions: int = 0
     use_time: bool = False
+    use_long_skips: bool = False
     num_particle_labels: int = 8
     num_event_classes: int = 0
     hidden_dropout: float | int = 0.0
@@ -142,10 +150,12 @@ class OmniLearnedConfig(PreTrainedConfig):
     codebook_size: int = 0
     codebook_features: int = 4
     label_smoothing: float | int = 0.1
+    mask_particle_types: bool = False
+    masked_type_loss_weight: float | int = 1.0
 
     noise_mean: list[float] | tuple[float, ...] = (0.0, 0.0, 1.11398, 1.43384)
     noise_std: list[float] | tuple[float, ...] = (0.270949, 0.27426, 1.30273, 1.33559)
-    num_inference_steps: int = 127
+    num_inference_steps: int = 16
     solver: str = "midpoint"
     label_dropout: float | int = 0.0
 
@@ -218,6 +228,10 @@ class OmniLearnedConfig(PreTrainedConfig):
                 f"`hidden_size` = {self.hidden_size} is not a multiple of `num_attention_heads` = "
                 f"{self.num_attention_heads}"
             )
+        if self.use_long_skips and self.num_hidden_layers % 2:
+            raise ValueError(f"`num_hidden_layers` is {self.num_hidden_layers}, expected an even number: long skips")
+        if self.mask_particle_types and self.num_particle_types == 0:
+            raise ValueError("`mask_particle_types` is True, but `num_particle_types` is 0: there are no types")
         for name, most in (
             ("num_coordinates", self.num_features),
             ("codebook_features", self.num_features + self.num_additional_features),

@@ -36,6 +36,8 @@ KEY_PATTERNS = (
     (_BODY + r"local_physics\.mlp" + _MLP, r"model.local_embedding.mlp.\1"),
     *_block(_BODY + r"local_physics\.in_blocks\.(\d+)", "model.local_embedding.layers"),
     *_block(_BODY + r"in_blocks\.(\d+)", "model.layers"),
+    *_block(_BODY + r"out_blocks\.(\d+)", "model.skip_layers"),
+    (_BODY + r"out_blocks\.(\d+)\.skip_linear" + _WB, r"model.skip_layers.\1.skip_proj.\2"),
     (_BODY + r"cond_embed\.0" + _MLP, r"model.embed_conditions.\1"),
     (_BODY + r"MPFourier\.freqs", "model.embed_time.fc1.frequencies"),
     (_BODY + r"MPFourier\.phases", "model.embed_time.fc1.phases"),
@@ -54,11 +56,24 @@ KEY_PATTERNS = (
     (_HEAD + "mask_embeddings", "masked_vectors"),
     *_block(_HEAD + r"mpm_head\.blocks\.(\d+)", "masked_head.layers"),
     (_HEAD + r"mpm_head\.out_continuous" + _WB, r"masked_head.out.\1"),
+    (_HEAD + r"mpm_head\.out_pid" + _WB, r"masked_head.out_types.\1"),
+    # the generator of single numbers per jet
+    (_HEAD + "embed" + _MLP, r"embed_jets.\1"),
+    (_HEAD + "cond" + _MLP, r"embed_conditions.\1"),
+    (_HEAD + r"MPFourier\.freqs", "embed_time.fc1.frequencies"),
+    (_HEAD + r"MPFourier\.phases", "embed_time.fc1.phases"),
+    (_HEAD + "time_embed" + _MLP, r"embed_time.\1"),
+    (_HEAD + r"in_blocks\.(\d+)" + _MLP, r"layers.\1.\2"),
+    (_HEAD + "out" + _WB, r"out.\1"),
 )
 # parts of a published training checkpoint -> what stands in front of their names in the network
-CHECKPOINT_PARTS = {"body": "body.", "classifier_head": "classifier.", "generator_head": "generator."}
+CHECKPOINT_PARTS = {"body": "body.", "classifier_head": "classifier.", "generator_head": "generator.", "model": ""}
 AVERAGED = "average."  # marks the averaged weights, which the published sampling uses; there are none of the classifier
-AVERAGED_PARTS = {"ema_body": f"{AVERAGED}body.", "ema_generator": f"{AVERAGED}generator."}
+AVERAGED_PARTS = {
+    "ema_body": f"{AVERAGED}body.",
+    "ema_generator": f"{AVERAGED}generator.",
+    "ema_model": AVERAGED,
+}
 # modes of the reference -> heads
 MODES = {
     "classifier": ("classifier",),
@@ -77,6 +92,12 @@ MASKED_POSITIONS = {
     "sort_descending_all": "rank",
     None: "position",
 }
+# noise of the generator of single numbers per jet, by how many of them: release 0.2.0, and before
+JET_NOISE = {
+    4: ((6.40028, 5.0057, 0.4544, 0.6861), (0.16999, 0.318289, 0.139043, 0.193016)),
+    3: ((6.40028, 5.0057, 0.6861), (0.16999, 0.318289, 0.193016)),
+}
+PUBLISHED_STEPS = 127  # midpoint, 128 points in time
 JET_CLASSES = 200  # of the published pre-training; what follows are classes of events
 
 
@@ -86,6 +107,8 @@ def heads_of(state_dict: dict[str, torch.Tensor]) -> list[str]:
 
 def architecture_of(state_dict: dict[str, torch.Tensor]) -> str:
     """Name of the model class of a *converted* state dict."""
+    if "embed_jets.fc1.weight" in state_dict:
+        return "OmniLearnedForJetGeneration"
     heads = heads_of(state_dict)
     has_time = "model.embed_time.fc1.frequencies" in state_dict
     if not heads:
@@ -99,8 +122,8 @@ def architecture_of(state_dict: dict[str, torch.Tensor]) -> str:
     return "OmniLearnedForTokenClassification"
 
 
-def _num_blocks(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.layers\.(\d+)\.")
+def _num_blocks(state_dict: dict[str, torch.Tensor], prefix: str, name: str = "layers") -> int:
+    pattern = re.compile(re.escape(prefix) + rf"\.{name}\.(\d+)\.")
     blocks = {int(match.group(1)) for name in state_dict if (match := pattern.match(name))}
     if blocks != set(range(len(blocks))):
         raise ValueError(f"checkpoint has the blocks {sorted(blocks)} of {prefix}, expected 0 to {len(blocks) - 1}")
@@ -115,6 +138,8 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     Raises:
         ValueError: naming the setting that is not supported or disagrees with the checkpoint, or what is missing.
     """
+    if architecture_of(state_dict) == "OmniLearnedForJetGeneration":
+        return _jet_generator_config(reference_config, state_dict)
     options = find_setting(reference_config, "kwargs")
     options = options if isinstance(options, dict) else reference_config
 
@@ -123,9 +148,6 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
 
     if find("int_type") not in (None, "lhc"):
         raise ValueError(f"configuration says int_type = {find('int_type')!r}, expected 'lhc'")
-    if find("skip"):
-        raise ValueError(f"configuration says skip = {find('skip')!r}, which is not supported")
-
     heads = heads_of(state_dict)
     outputs = {head: f"{head}.out.weight" for head in heads}
     needed = ["model.embed_particles.mlp.fc1.weight", "model.local_embedding.mlp.fc1.weight", *outputs.values()]
@@ -166,6 +188,12 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
     if len(head_layers) > 1:
         raise ValueError(f"the heads have {sorted(head_layers)} blocks, expected as many in each")
 
+    num_skips = _num_blocks(state_dict, "model", "skip_layers")
+    if num_skips not in (0, _num_blocks(state_dict, "model")):
+        raise ValueError(
+            f"checkpoint has {_num_blocks(state_dict, 'model')} in_blocks and {num_skips} out_blocks, expected as many"
+        )
+
     has_time = "model.embed_time.fc1.frequencies" in state_dict
     architecture = architecture_of(state_dict)
     mode = find("mode")
@@ -184,7 +212,8 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         "input_dim": num_features,
         "num_tokens": size("model.tokens", 1),
         "num_heads": num_heads,
-        "num_transformers": _num_blocks(state_dict, "model"),
+        "num_transformers": _num_blocks(state_dict, "model") + num_skips,
+        "skip": num_skips > 0,
         "num_transformers_head": next(iter(head_layers), None),
         # nothing of a segmentation depends on it
         "num_classes": None if mode == "segmentation" else num_classes,
@@ -215,6 +244,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         "num_additional_features": size("model.embed_additional.fc1.weight", 1),
         "num_conditions": size("model.embed_conditions.fc1.weight", 1),
         "use_time": has_time,
+        "use_long_skips": num_skips > 0,
         "num_labels": num_classes,
         "mask_rule": "log_pt",
         "published_neighbors": True,
@@ -224,6 +254,7 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         "masked_head_sees_time": True,
         "loss_over_padding": True,
         "truncate_multiplicity": True,
+        "num_inference_steps": PUBLISHED_STEPS,
         "loss_reduction": "batch" if is_study else "jet",
     }
     if mode == "regression" or (of_particles and "classifier" not in heads):
@@ -252,6 +283,43 @@ def convert_config(reference_config: dict[str, Any], state_dict: dict[str, torch
         raise ValueError(str(error.__cause__ or error)) from None
 
 
+def _jet_generator_config(reference_config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> OmniLearnedConfig:
+    """Configuration of a *converted* generator of single numbers per jet."""
+    needed = ["embed_jets.fc1.weight", "embed_conditions.fc1.weight", "out.weight"]
+    missing = [name for name in needed if name not in state_dict]
+    if missing:
+        raise ValueError(f"checkpoint lacks parameters: {', '.join(missing)}")
+    check_matrices(state_dict, *needed)
+    num_features, hidden_size = state_dict["out.weight"].shape
+    checks = {
+        "input_dim": num_features,
+        "base_dim": hidden_size,
+        "hidden_size": hidden_size,
+        "cond_dim": state_dict["embed_conditions.fc1.weight"].shape[1],
+        "num_layers": len({name.split(".")[1] for name in state_dict if name.startswith("layers.")}),
+    }
+    for name, value in checks.items():
+        if find_setting(reference_config, name) not in (None, value):
+            found = find_setting(reference_config, name)
+            raise ValueError(f"configuration says {name} = {found!r}, but the checkpoint has {value}")
+    if num_features not in JET_NOISE:
+        raise ValueError(f"the generator makes {num_features} numbers per jet, expected 3 or 4 with published noise")
+    mean, std = JET_NOISE[num_features]
+    return OmniLearnedConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=checks["num_layers"],
+        num_attention_heads=1,
+        mlp_ratio=state_dict["embed_jets.fc1.weight"].shape[0] // hidden_size,
+        num_features=num_features,
+        num_conditions=checks["cond_dim"],
+        hidden_dropout=find_number(reference_config, "mlp_drop") or 0.0,
+        use_time=True,
+        noise_mean=mean,
+        noise_std=std,
+        num_inference_steps=511,  # 512 points in time
+    )
+
+
 def _masked_settings(reference_config, options, state_dict, num_features: int) -> dict[str, Any]:
     position = options.get("pos_encoding_type", "sort_descending_in_masked_subset")
     if not isinstance(position, (str, type(None))) or position not in MASKED_POSITIONS:
@@ -271,6 +339,7 @@ def _masked_settings(reference_config, options, state_dict, num_features: int) -
         "masked_position": MASKED_POSITIONS[position],
         "max_position_embeddings": state_dict["masked_vectors"].shape[0],
         "codebook_size": 0 if is_regression else num_outputs,
+        "mask_particle_types": "masked_head.out_types.weight" in state_dict,
         "mask_fraction": find_number(reference_config, "masking_fraction"),
         "label_smoothing": find_number(reference_config, "label_smoothing"),
     }
@@ -282,8 +351,9 @@ def add_codebook(config: OmniLearnedConfig, state_dict: dict[str, torch.Tensor])
     follow.
     """
     if config.codebook_size > 0:
-        state_dict["centroids"] = torch.full((config.codebook_size, config.codebook_features), torch.nan)
-        state_dict["centroid_scales"] = torch.ones(config.codebook_features)
+        state_dict["centroids"] = torch.zeros(config.codebook_size, config.codebook_features)
+        state_dict["centroid_scales"] = torch.zeros(config.codebook_features)
+        state_dict["code_weights"] = torch.ones(config.codebook_size)
 
 
 def _integer(reference_config: dict[str, Any], name: str, least: int) -> int | None:

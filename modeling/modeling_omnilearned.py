@@ -93,12 +93,14 @@ class OmniLearnedPreTrainingOutput(ModelOutput):
         loss (scalar): the weighted sum of the parts below.
         class_loss, event_loss (scalars): classes of jets; of events.
         perturbed_class_loss, perturbed_event_loss (scalars): the same from the noised jets.
-        generation_loss, masked_loss, masked_input_loss, contrastive_loss (scalars): flow matching; masked particles;
-            classes from the jets with masked particles; clean and noised states of a jet.
+        generation_loss, masked_loss, masked_type_loss, masked_input_loss, contrastive_loss (scalars): flow matching;
+            features or codes of masked particles; their types; classes from the jets with masked particles; clean and
+            noised states of a jet.
         logits, perturbed_logits, masked_input_logits (`(batch, num_labels)`): classes from the clean, noised and masked
             jet.
         velocity (`(batch, slots, num_features)`), time (`(batch,)`): of the flow.
-        masked_predictions (`(batch, slots, num_features or codebook_size)`): at all particles; `None` in training.
+        masked_predictions (`(batch, slots, num_features or codebook_size)`), masked_type_logits (`(batch, slots,
+            num_particle_types)`): at all particles; `None` in training.
         masked_positions (`(batch, slots)`): true where a particle was masked.
     """
 
@@ -109,6 +111,7 @@ class OmniLearnedPreTrainingOutput(ModelOutput):
     perturbed_event_loss: torch.FloatTensor | None = None
     generation_loss: torch.FloatTensor | None = None
     masked_loss: torch.FloatTensor | None = None
+    masked_type_loss: torch.FloatTensor | None = None
     masked_input_loss: torch.FloatTensor | None = None
     contrastive_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -117,6 +120,7 @@ class OmniLearnedPreTrainingOutput(ModelOutput):
     velocity: torch.FloatTensor | None = None
     time: torch.FloatTensor | None = None
     masked_predictions: torch.FloatTensor | None = None
+    masked_type_logits: torch.FloatTensor | None = None
     masked_positions: torch.BoolTensor | None = None
 
 
@@ -311,17 +315,25 @@ class OmniLearnedAttention(nn.Module):
 
 
 class OmniLearnedLayer(GradientCheckpointingLayer):
-    """One pre-norm block."""
+    """One pre-norm block; with `takes_skip` it also reads the output of an earlier one."""
 
-    def __init__(self, config: OmniLearnedConfig, mlp_ratio: int | None = None):
+    def __init__(self, config: OmniLearnedConfig, mlp_ratio: int | None = None, takes_skip: bool = False):
         super().__init__()
         size = config.hidden_size
+        self.skip_proj = nn.Linear(2 * size, size) if takes_skip else None
         self.norm1 = OmniLearnedDynamicTanh(size)
         self.self_attn = OmniLearnedAttention(config)
         self.norm2 = OmniLearnedDynamicTanh(size)
         self.mlp = OmniLearnedMLP(config, size, (mlp_ratio or config.mlp_ratio) * size, size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.skip_proj is not None:
+            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))
         hidden_states = hidden_states + self.self_attn(self.norm1(hidden_states), attention_mask)
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
@@ -444,10 +456,10 @@ class OmniLearnedLocalEmbedding(nn.Module):
 
 
 class OmniLearnedTimeProjection(nn.Linear):
-    """Linear layer on random Fourier features of the time; exactly 0 at time 0."""
+    """Linear layer on random Fourier features of the time; without a bias exactly 0 at time 0."""
 
-    def __init__(self, num_waves: int, output_size: int):
-        super().__init__(num_waves, output_size, bias=False)
+    def __init__(self, num_waves: int, output_size: int, bias: bool = False):
+        super().__init__(num_waves, output_size, bias=bias)
         # beside a weight, because transformers initialises no module without a missing parameter
         self.register_buffer("frequencies", 2 * torch.pi * torch.randn(num_waves))
         self.register_buffer("phases", 2 * torch.pi * torch.rand(num_waves))
@@ -460,10 +472,10 @@ class OmniLearnedTimeProjection(nn.Linear):
 
 
 class OmniLearnedTimeEmbedding(OmniLearnedMLP):
-    def __init__(self, config: OmniLearnedConfig):
+    def __init__(self, config: OmniLearnedConfig, output_size: int, use_norm: bool = True, bias: bool = False):
         size = config.hidden_size
-        super().__init__(config, size, config.mlp_ratio * size, size, bias=False)
-        self.fc1 = OmniLearnedTimeProjection(size, config.mlp_ratio * size)
+        super().__init__(config, size, config.mlp_ratio * size, output_size, use_norm=use_norm, bias=bias)
+        self.fc1 = OmniLearnedTimeProjection(size, config.mlp_ratio * size, bias)
 
 
 class OmniLearnedClassHead(nn.Module):
@@ -531,6 +543,9 @@ class OmniLearnedMaskedHead(nn.Module):
         self.num_prefix = config.num_prefix
         self.layers = nn.ModuleList(OmniLearnedLayer(config) for _ in range(config.num_head_layers))
         self.out = nn.Linear(config.hidden_size, config.codebook_size or config.num_features)
+        self.out_types = (
+            nn.Linear(config.hidden_size, config.num_particle_types) if config.mask_particle_types else None
+        )
 
     def forward(self, states: torch.Tensor, visible: torch.BoolTensor) -> torch.Tensor:
         """States (batch, num_prefix + width, hidden_size) to what `out` reads, (batch, width, hidden_size)."""
@@ -580,8 +595,9 @@ class OmniLearnedPreTrainedModel(PreTrainedModel):
             if module.masked_vectors is not None:
                 init.normal_(module.masked_vectors)
             if module.centroids is not None:
-                init.constant_(module.centroids, torch.nan)
-                init.ones_(module.centroid_scales)
+                init.zeros_(module.centroids)
+                init.zeros_(module.centroid_scales)
+                init.ones_(module.code_weights)
 
 
 class OmniLearnedModel(OmniLearnedPreTrainedModel):
@@ -604,8 +620,10 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
         if config.num_conditions > 0:
             self.embed_conditions = OmniLearnedMLP(config, config.num_conditions, size, size)
         if config.use_time:
-            self.embed_time = OmniLearnedTimeEmbedding(config)
-        self.layers = nn.ModuleList(OmniLearnedLayer(config) for _ in range(config.num_hidden_layers))
+            self.embed_time = OmniLearnedTimeEmbedding(config, size)
+        num_skips = config.num_hidden_layers // 2 if config.use_long_skips else 0
+        self.layers = nn.ModuleList(OmniLearnedLayer(config) for _ in range(config.num_hidden_layers - num_skips))
+        self.skip_layers = nn.ModuleList(OmniLearnedLayer(config, takes_skip=True) for _ in range(num_skips))
         self.norm = OmniLearnedDynamicTanh(size)
         self.gradient_checkpointing = False
         self.post_init()
@@ -797,11 +815,16 @@ class OmniLearnedModel(OmniLearnedPreTrainedModel):
             bias = self.interaction(particles.float(), is_real)
             bias = nn.functional.pad(bias, (num_prefix, 0, num_prefix, 0))
             attention_mask = bias if attention_mask is None else bias + attention_mask
-        outputs = []
-        for layer in self.layers:
+        outputs, skips = [], []
+        for layer in (*self.layers, *self.skip_layers):
             if output_hidden_states:
                 outputs.append(states.masked_fill(~visible.unsqueeze(-1), 0.0))
+            if layer.skip_proj is not None:
+                states = layer(states, attention_mask, skips.pop())
+                continue
             states = layer(states, attention_mask)
+            if self.config.use_long_skips:
+                skips.append(states)
         outputs.append(self.norm(states).masked_fill(~visible.unsqueeze(-1), 0.0))
         return outputs, visible
 
@@ -986,6 +1009,113 @@ class OmniLearnedForGeneration(FlowMatchingGenerationMixin, OmniLearnedPreTraine
         return super().generate(num_particles, attention_mask, conditions=conditions, **kwargs)
 
 
+class OmniLearnedForJetGeneration(FlowMatchingGenerationMixin, OmniLearnedPreTrainedModel):
+    """
+    Flow matching for a few numbers per jet (logarithms of pT and mass, multiplicity / 100 ...) instead of particles,
+    given others: the published network in front of the generator in searches for anomalies. A jet is a set of one.
+
+    Of the configuration it reads `hidden_size` (published 256), `num_hidden_layers` (3), `mlp_ratio`, `num_features`,
+    `num_conditions`, `noise_mean`, `noise_std`, `num_inference_steps` (511) and `solver`.
+    """
+
+    main_input_name = "jets"
+
+    def __init__(self, config: OmniLearnedConfig):
+        check_uses_time(config, type(self).__name__)
+        if config.num_conditions == 0 or config.hidden_size % 2:
+            raise ValueError(
+                f"{type(self).__name__}: `num_conditions` is {config.num_conditions}, `hidden_size` "
+                f"{config.hidden_size}, expected at least 1, and an even number"
+            )
+        super().__init__(config)
+        size = config.hidden_size
+        width = config.mlp_ratio * size
+        self.embed_jets = OmniLearnedMLP(config, config.num_features, width, size // 2)
+        self.embed_conditions = OmniLearnedMLP(config, config.num_conditions, width, size // 2)
+        self.embed_time = OmniLearnedTimeEmbedding(config, size // 2, use_norm=False, bias=True)
+        self.layers = nn.ModuleList(OmniLearnedMLP(config, size, width, size) for _ in range(config.num_hidden_layers))
+        self.out = nn.Linear(size, config.num_features)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        jets: torch.FloatTensor,
+        conditions: torch.FloatTensor,
+        time: torch.FloatTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> OmniLearnedGenerationOutput:
+        r"""
+        Args:
+            jets (`(batch, num_features)`), conditions (`(batch, num_conditions)`).
+            time (`(batch,)`): by default drawn uniformly from 0 to 1.
+            noise (`(batch, num_features)`): standard normal numbers; drawn by default.
+
+        The tensors of the output have the shape of `jets`; the loss is the mean squared error.
+        """
+        check_shape("jets", jets, ("batch", self.config.num_features))
+        check_floating("jets", jets)
+        is_real = torch.ones_like(jets[:, :1], dtype=torch.bool)
+        check_finite("jets", jets.unsqueeze(1), is_real)
+        self._check_conditions(conditions, len(jets))
+        if time is not None:
+            check_shape("time", time, (len(jets),))
+            check_time(time)
+        if noise is not None:
+            check_shape("noise", noise, tuple(jets.shape))
+            noise = noise.unsqueeze(1)
+        flow = noised_jets(self.config, jets.unsqueeze(1), is_real, time, noise)
+        target, noisy, noise = (values.squeeze(1) for values in (flow.target, flow.particles, flow.noise))
+        velocity = self._velocity(noisy, flow.time, conditions)
+        return OmniLearnedGenerationOutput(
+            loss=nn.functional.mse_loss(velocity.float(), target),
+            velocity=velocity,
+            target=target,
+            noisy_particles=noisy,
+            noise=noise,
+            time=flow.time,
+        )
+
+    def _velocity(self, jets: torch.Tensor, time: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
+        dtype = self.out.weight.dtype
+        embedded = self.embed_jets(jets.to(dtype)) + self.embed_conditions(conditions.to(dtype))
+        states = torch.cat([self.embed_time(time), embedded], dim=-1)
+        for layer in self.layers:
+            states = layer(states)
+        return self.out(states)
+
+    def _check_conditions(self, conditions: torch.Tensor | None, batch_size: int):
+        if conditions is None:
+            raise ValueError(f"`conditions` is missing, expected shape ({batch_size}, {self.config.num_conditions})")
+        check_shape("conditions", conditions, (batch_size, self.config.num_conditions))
+        check_conditions(conditions)
+
+    def velocity(self, x: torch.Tensor, time: torch.Tensor, attention_mask: torch.Tensor, conditions) -> torch.Tensor:
+        """Direction at the jets `x` (batch, 1, num_features) and the scalar `time`, the same shape."""
+        return self._velocity(x.squeeze(1), time.expand(len(x)), conditions).unsqueeze(1)
+
+    def prepare_sampling(self, labels=None, conditions=None, attention_mask=None) -> dict:
+        return {"conditions": conditions}
+
+    def check_sampling_inputs(self, attention_mask, labels=None, conditions=None, **inputs):
+        unknown = [*inputs, *([] if labels is None else ["labels"])]
+        if unknown:
+            raise ValueError(f"unknown input {unknown[0]!r}, expected conditions")
+        self._check_conditions(conditions, len(attention_mask))
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> torch.Tensor:
+        return scaled_noise(self.config, super().noise(shape, generator))
+
+    def generate(self, conditions: torch.FloatTensor, **kwargs) -> FlowSample:
+        """
+        As `FlowMatchingGenerationMixin.generate`, one jet for each of the conditions (batch, num_conditions); in
+        `particles` of the result (batch, 1, num_features).
+        """
+        conditions = torch.as_tensor(conditions)
+        return super().generate(torch.ones(len(conditions), dtype=torch.long), conditions=conditions, **kwargs)
+
+
 class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
     """
     Any weighted sum of classification, flow matching and masked particles, with classes of the noised and of the masked
@@ -1005,33 +1135,63 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
         if "masked" in config.objectives:
             self.masked_vectors = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
             self.masked_head = OmniLearnedMaskedHead(config)
-        centroids = scales = None
+        centroids = scales = weights = None
         if self.masked_head is not None and config.codebook_size > 0:
-            centroids = torch.full((config.codebook_size, config.codebook_features), torch.nan)
-            scales = torch.ones(config.codebook_features)
+            # scales of 0 say that there are no codes yet
+            centroids = torch.zeros(config.codebook_size, config.codebook_features)
+            scales = torch.zeros(config.codebook_features)
+            weights = torch.ones(config.codebook_size)
         self.register_buffer("centroids", centroids)
         self.register_buffer("centroid_scales", scales)
+        self.register_buffer("code_weights", weights)
         self.post_init()
 
-    def set_codebook(self, centroids: torch.Tensor, scales: torch.Tensor):
+    def set_codebook(self, centroids: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor | None = None):
         """
         The codes of masked particles.
 
         Args:
             centroids (`(codebook_size, codebook_features)`): of the features divided by `scales`.
             scales (`(codebook_features,)`).
+            weights (`(codebook_size,)`): of the codes in the cross entropy, for example their inverse frequencies; by
+                default 1.
         """
         if self.centroids is None:
             raise ValueError("the configuration has no codes: `codebook_size` is 0, or masked is no objective")
         check_shape("centroids", centroids, tuple(self.centroids.shape))
         check_shape("scales", scales, tuple(self.centroid_scales.shape))
+        weights = torch.ones_like(self.code_weights) if weights is None else weights
+        check_shape("weights", weights, tuple(self.code_weights.shape))
         with torch.no_grad():
             self.centroids.copy_(centroids)
             self.centroid_scales.copy_(scales)
+            self.code_weights.copy_(weights)
+
+    @torch.no_grad()
+    def start_at_medians(self, particles: torch.FloatTensor, attention_mask: torch.Tensor):
+        """
+        Let a fresh head for masked particles predict the medians of their features, the constants of least loss.
+
+        As published, it starts from random weights and no bias, far from ln pT and ln E. Optimizers whose steps have
+        one size (Lion, nearly Adam) then drive all weights the same way for as long as the bias takes to get there,
+        learning rate by learning rate, and a short training leaves the whole network saturated.
+
+        Args:
+            particles (`(batch, slots, num_features)`), attention_mask (`(batch, slots)`): of the training data.
+        """
+        if self.masked_head is None or self.config.codebook_size > 0:
+            raise ValueError("there are no medians to start at: this model does not predict features of particles")
+        check_shape("particles", particles, ("batch", "slots", self.config.num_features))
+        is_real = check_mask(attention_mask, tuple(particles.shape[:2]))
+        if not bool(is_real.any()):
+            raise ValueError("`attention_mask` has no particles to take the medians of")
+        check_finite("particles", particles, is_real)
+        self.masked_head.out.weight.zero_()
+        self.masked_head.out.bias.copy_(particles[is_real].median(dim=0).values)
 
     def codes(self, features: torch.Tensor) -> torch.LongTensor:
         """Code of the nearest centroid: features (..., codebook_features) to (...)."""
-        if self.centroids is None or bool(self.centroids.isnan().any()):
+        if self.centroids is None or bool((self.centroid_scales == 0).any()):
             raise ValueError("there are no codes: call `set_codebook` with the centroids")
         scaled = (features.float() / self.centroid_scales.float()).flatten(0, -2)
         return nearest_centroids(scaled, self.centroids.float()).view(features.shape[:-1])
@@ -1132,6 +1292,9 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
         if not self.training:
             predictions = self.masked_head.out(states).masked_fill(~is_particle.unsqueeze(-1), 0.0)
             output.masked_predictions = put_slots(predictions, slots, num_slots)
+            if config.mask_particle_types:
+                type_logits = self.masked_head.out_types(states).masked_fill(~is_particle.unsqueeze(-1), 0.0)
+                output.masked_type_logits = put_slots(type_logits, slots, num_slots)
         if bool(is_masked.any()):
             predictions = self.masked_head.out(states[is_masked]).float()
             targets = particles[is_masked].float()
@@ -1140,11 +1303,15 @@ class OmniLearnedForPreTraining(OmniLearnedPreTrainedModel):
                     targets = torch.cat([targets, additional_features[is_masked].float()], dim=-1)
                 codes = self.codes(targets[:, : config.codebook_features])
                 output.masked_loss = nn.functional.cross_entropy(
-                    predictions, codes, label_smoothing=config.label_smoothing
+                    predictions, codes, weight=self.code_weights.float(), label_smoothing=config.label_smoothing
                 )
             else:
                 output.masked_loss = (predictions - targets).abs().mean()
             terms.append((config.masked_loss_weight, output.masked_loss))
+            if config.mask_particle_types:
+                type_logits = self.masked_head.out_types(states[is_masked]).float()
+                output.masked_type_loss = nn.functional.cross_entropy(type_logits, particle_ids[is_masked].long())
+                terms.append((config.masked_type_loss_weight, output.masked_type_loss))
         return terms
 
     def masked_head_input(self, packed: PackedStates, log_pt, is_real, is_masked, slots):
@@ -1384,6 +1551,7 @@ __all__ = [
     "OmniLearnedModel",
     "OmniLearnedForSequenceClassification",
     "OmniLearnedForGeneration",
+    "OmniLearnedForJetGeneration",
     "OmniLearnedForPreTraining",
     "OmniLearnedForTokenClassification",
 ]
@@ -1391,5 +1559,6 @@ __all__ = [
 # `save_pretrained` then writes this code beside the weights, so that they load anywhere with `trust_remote_code=True`
 OmniLearnedConfig.register_for_auto_class()
 OmniLearnedForGeneration.register_for_auto_class("AutoModelForPreTraining")
+OmniLearnedForJetGeneration.register_for_auto_class("AutoModelForPreTraining")
 for _auto_class, _model_class in AUTO_CLASSES.items():
     globals()[_model_class].register_for_auto_class(_auto_class)

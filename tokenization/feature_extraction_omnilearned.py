@@ -294,8 +294,8 @@ class OmniLearnedFeatureExtractor(JetSetFeatureExtractor):
         columns["part_dphi"] = wrap_phi(flat[:, 1])
         columns["part_logenergy"] = flat[:, 3]
         for name, values, decode in (
-            ("particle_ids", particle_ids, _decoded_types),
-            ("additional_features", additional_features, _decoded_impact_parameters),
+            ("particle_ids", particle_ids, decoded_types),
+            ("additional_features", additional_features, decoded_impact_parameters),
         ):
             if values is not None:
                 values = to_numpy(values)
@@ -339,7 +339,8 @@ def particle_types(flat: Mapping[str, np.ndarray], owner: np.ndarray, position: 
     return types
 
 
-def _decoded_types(types: np.ndarray) -> dict[str, np.ndarray]:
+def decoded_types(types: np.ndarray) -> dict[str, np.ndarray]:
+    """Charge and flags (constituents,) of types (constituents,); ValueError for one that is none."""
     if not ((types >= 1) & (types <= len(PDG_CODES))).all():
         raise ValueError(f"particle_ids has {types.min()} to {types.max()}, expected 1 to {len(PDG_CODES)}")
     codes = np.asarray(PDG_CODES)[types - 1]
@@ -348,7 +349,8 @@ def _decoded_types(types: np.ndarray) -> dict[str, np.ndarray]:
     return columns
 
 
-def _decoded_impact_parameters(values: np.ndarray) -> dict[str, np.ndarray]:
+def decoded_impact_parameters(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Impact parameters and errors in mm, (constituents,), of additional features (constituents, 4)."""
     values = values.astype(np.float64)
     for column in (0, 2):
         values[:, column] = np.arctanh(np.clip(values[:, column], -LARGEST_TANH, LARGEST_TANH))

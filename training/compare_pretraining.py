@@ -52,6 +52,7 @@ CONDITIONS = ["jet_pt", "jet_eta", "jet_nparticles"]
 # observables of the generated jets in the table, as of the paper, and what they are divided by: see `run_generation`
 GENERATED = ("jet_mass", "tau21", "tau32", "part_pt", "part_etarel")
 VALIDATIONS = 5  # in a fine-tuning; the state with the least loss is kept
+MEDIAN_JETS = 1000  # that the head for masked particles takes its start from
 SPLIT_SEED = 0
 
 
@@ -223,6 +224,10 @@ def run_pretraining(name: str, arguments: argparse.Namespace, extractor: Any, sa
     set_seed(arguments.pretraining_seed)
     config = make_config(arguments, extractor, objectives=list(STARTS[name]), use_time="generation" in STARTS[name])
     model = OmniLearnedForPreTraining(config)
+    if "masked" in config.objectives and not config.codebook_size:
+        chosen = np.random.default_rng(SPLIT_SEED).permutation(len(sample))[:MEDIAN_JETS]
+        jets = extractor.pad([sample.jets[k] for k in chosen], return_tensors="pt")
+        model.start_at_medians(jets["particles"], jets["attention_mask"])
     result = train(
         model,
         extractor,
@@ -408,9 +413,9 @@ def format_results(tables: Mapping[str, list[dict[str, Any]]], arguments: argpar
 
 def plot_results(tables: Mapping[str, list[dict[str, Any]]], arguments: argparse.Namespace, path: Path):
     """Area under the curve against labels, and validation loss of generation; error bars over the seeds."""
-    from hepzoo.evaluation.plots_dirc import _subplots
+    from hepzoo.evaluation.figures import subplots
 
-    figure, axes = _subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = subplots(1, 2, figsize=(11, 4.2))
     left, right = axes[0]
     for place, row in enumerate(tables["tagging"]):
         cells = [row[f"auc_{n}"] for n in arguments.labels]
@@ -421,7 +426,7 @@ def plot_results(tables: Mapping[str, list[dict[str, Any]]], arguments: argparse
             labels = labels * 1.04 ** (place - len(tables["tagging"]) / 2)
             left.errorbar(labels, values, np.nan_to_num(errors), marker="o", capsize=3, label=row["pre-training"])
     left.set(xscale="log", yscale="log", xlabel="labels", ylabel="1 - AUC")
-    left.legend(fontsize="small", title="pre-training")
+    left.legend(fontsize="small", title="pre-training", ncols=2, loc="upper right")
     rows = [row for row in tables["generation"] if row["validation_loss"] is not None]
     for place, row in enumerate(rows):
         mean, error, _ = row["validation_loss"]

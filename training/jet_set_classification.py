@@ -15,6 +15,7 @@ from hepzoo.training.common import (
     finish,
     optimizer_arguments,
     prepare_run,
+    train_and_evaluate,
     write_parquet,
 )
 from hepzoo.training.data import DataTrainingArguments, InputError, load_raw_datasets, scalar_columns
@@ -27,7 +28,6 @@ from hepzoo.training.jet_sets import (
     make_set_trainer,
     model_settings,
     prepare_jets,
-    train_and_evaluate,
 )
 
 logger = logging.get_logger(__name__)
@@ -117,7 +117,7 @@ def train_set_classifier(
         "data": describe_data(data_args),
         "datasets": data_args.dataset_name,
     }
-    train_and_evaluate(trainer, raw, data_args, training_args, checkpoint)
+    train_and_evaluate(trainer, checkpoint)
     if training_args.do_predict:
         has_labels = any(name in kept for name in extractor.label_names)
         trainer.evaluation_collator = JetCollator(extractor, "test data", return_class_ids=has_labels)

@@ -158,7 +158,8 @@ def fit_extractor(extractor: Any, train: Any, num_jets: int):
     """Statistics and densities from `num_jets` jets, of a `Dataset` chosen at random."""
     columns = wanted_columns(extractor, column_names(train))
     if isinstance(train, torch.utils.data.IterableDataset):
-        jets = [{name: jet[name] for name in columns} for jet in train.take(num_jets)]
+        rows = list(train.take(num_jets))
+        jets = {name: [row[name] for row in rows] for name in columns}
     else:
         chosen = np.random.default_rng(0).permutation(len(train))[:num_jets]
         jets = train.select_columns(columns).select(np.sort(chosen)).to_dict()

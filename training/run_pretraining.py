@@ -7,6 +7,8 @@ The output folder holds model and feature extractor; `run_classification.py` and
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 import transformers
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
@@ -22,9 +24,11 @@ from hepzoo.training.common import (
     parse_arguments,
     prepare_run,
     run_script,
+    train_and_evaluate,
 )
 from hepzoo.training.data import DataTrainingArguments, InputError, load_raw_datasets
 from hepzoo.training.jet_sets import (
+    JetCollator,
     JetSetArguments,
     load_set_config,
     load_set_extractor,
@@ -32,7 +36,6 @@ from hepzoo.training.jet_sets import (
     make_set_trainer,
     model_settings,
     prepare_jets,
-    train_and_evaluate,
 )
 
 logger = logging.get_logger("hepzoo.training.run_pretraining")
@@ -54,6 +57,7 @@ examples:
   continue an interrupted run: the same command again
 """
 
+MEDIAN_JETS = 1000  # that the head for masked particles takes its start from
 WEIGHTS = {
     "classification": "classification_loss_weight",
     "generation": "generation_loss_weight",
@@ -71,6 +75,13 @@ class ObjectiveArguments:
     )
     objective_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the losses of --objectives, in their order. Default: 1 each."}
+    )
+    start_at_medians: bool = field(
+        default=True,
+        metadata={
+            "help": "A fresh head for masked particles starts at the medians of their features, not, as published, at "
+            "random: with Lion and few steps the whole network saturates on the way from there."
+        },
     )
 
 
@@ -106,6 +117,16 @@ def objective_settings(arguments: ObjectiveArguments) -> dict:
     return {"objectives": list(objectives), "use_time": "generation" in objectives, **settings}
 
 
+def start_at_medians(model, extractor, train):
+    """Start the head for masked particles at the medians of jets of `train`, numbered rows or a stream."""
+    if isinstance(train, torch.utils.data.IterableDataset):
+        rows = list(train.take(MEDIAN_JETS))
+    else:
+        rows = [train[int(k)] for k in np.random.default_rng(0).permutation(len(train))[:MEDIAN_JETS]]
+    batch = JetCollator(extractor, "training data")(rows)
+    model.start_at_medians(batch["particles"], batch["attention_mask"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains and evaluates; returns the exit status."""
     from hepzoo.modeling.modeling_omnilearned import OmniLearnedForPreTraining
@@ -133,6 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     prepare_jets(raw, extractor)
     model = load_set_model(OmniLearnedForPreTraining, model_args, config)
     logger.info(f"{type(model).__name__}: {model.num_parameters():,} parameters, {', '.join(config.objectives)}")
+    predicts_features = "masked" in config.objectives and config.codebook_size == 0
+    is_fresh = checkpoint is None and (from_scratch or "masked_head.out.weight" in model.new_weights)
+    if objective_args.start_at_medians and predicts_features and is_fresh and raw.train is not None:
+        start_at_medians(model, extractor, raw.train)
 
     trainer = make_set_trainer(
         model,
@@ -152,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": describe_data(data_args),
         "datasets": data_args.dataset_name,
     }
-    train_and_evaluate(trainer, raw, data_args, training_args, checkpoint)
+    train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
 

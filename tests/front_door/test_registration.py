@@ -23,7 +23,10 @@ SIZES = {
 }
 
 # settings that one model of a family needs
-SETTINGS = {"OmniJetForPreTraining": {"architecture": "hybrid"}}
+SETTINGS = {
+    "OmniJetForPreTraining": {"architecture": "hybrid"},
+    "OmniLearnedForJetGeneration": {"num_conditions": 2},
+}
 
 # Auto class -> class of what turns rows into inputs
 READERS = {

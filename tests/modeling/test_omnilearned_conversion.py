@@ -214,7 +214,7 @@ def without(name):
         (None, {"mode": ["classifier"]}, r"configuration says mode = \['classifier'\]"),
         (None, {"num_heads": "4"}, "configuration says num_heads = '4', expected a finite number"),
         (None, {"int_type": "astro"}, "int_type = 'astro', expected 'lhc'"),
-        (None, {"skip": True}, "skip = True, which is not supported"),
+        (None, {"skip": True}, "configuration says skip = True, but the checkpoint has False"),
         (None, {"K": 0}, "K = 0, expected an integer from 1"),
         (None, {"K": "many"}, "K = 'many', expected a finite number"),
         (None, {"num_coord": 7}, "num_coordinates"),

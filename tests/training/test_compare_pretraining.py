@@ -125,3 +125,25 @@ def test_hostile_data(options, tmp_path, capsys):
         where = ["--pretraining_file", first, "--finetuning_file", second, "--output", str(tmp_path / str(case))]
         assert compare_pretraining.main([*where, *files]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_masked_particles_start_at_their_medians(options, tmp_path, monkeypatch):
+    from hepzoo.tokenization.feature_extraction_omnilearned import OmniLearnedFeatureExtractor
+
+    arguments = compare_pretraining.build_parser().parse_args(options)
+    extractor = OmniLearnedFeatureExtractor(max_num_particles=16)
+    sample = read_jets(arguments.pretraining_file, "pretraining_file", extractor, None)
+    starts = []
+
+    def untrained(model, *args, **kwargs):
+        starts.append(model.masked_head.out)
+        return {}
+
+    monkeypatch.setattr(compare_pretraining, "train", untrained)
+    for name in ("masked", "all"):
+        compare_pretraining.run_pretraining(name, arguments, extractor, sample, tmp_path / name)
+    particles = np.concatenate([jet["particles"] for jet in sample.jets])
+    for layer in starts:
+        assert layer.weight.abs().max() == 0
+        # of an even number the lower of the middle ones
+        np.testing.assert_allclose(layer.bias.detach(), np.median(particles, axis=0), atol=5e-3)

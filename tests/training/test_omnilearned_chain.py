@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -71,6 +72,25 @@ def test_validation_has_the_same_noise_every_time(folder, tmp_path):
     assert results(tmp_path / "a")["eval_loss"] == results(tmp_path / "b")["eval_loss"]
 
 
+@pytest.mark.parametrize("source", [[], ["--streaming", "true", "--fit_jets", "64"]])
+def test_masked_head_starts_at_the_medians_of_the_data(folder, tmp_path, source):
+    data = ["--train_file", str(folder / "train.parquet"), "--do_train", "--per_device_train_batch_size", "16", *source]
+    model = ["--model_type", "omnilearned", "--config_overrides", TINY, "--feature_extractor_overrides", KINEMATICS]
+    more = ["--objectives", "masked", "--max_steps", "1", "--learning_rate", "1e-7"]
+    for name, option in (("medians", []), ("published", ["--start_at_medians", "false"])):
+        assert run_pretraining([*model, *data, *more, *option, *common_flags(folder, tmp_path / name)]) == 0
+    biases = [
+        AutoModelForPreTraining.from_pretrained(tmp_path / name).masked_head.out.bias.detach()
+        for name in ("medians", "published")
+    ]
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "medians")
+    jets = extractor(make_jets(192, seed=1), return_tensors="pt")
+    medians = jets["particles"][jets["attention_mask"].bool()].median(dim=0).values
+    # a stream may repeat the jets
+    torch.testing.assert_close(biases[0], medians, rtol=0, atol=0.05 if source else 1e-5)
+    assert biases[1].abs().max() < 1e-5 < 0.5 < medians.abs().max()
+
+
 def test_tagger_starts_from_the_pretrained_body(folder):
     model = AutoModelForSequenceClassification.from_pretrained(folder / "tagger").eval()
     assert model.config.id2label == {0: "label_QCD", 1: "label_Tbqq"} and not model.config.use_time
@@ -125,6 +145,21 @@ def test_generator_makes_rows_for_the_evaluation(folder, tmp_path, capsys):
     assert set(tops.label.tolist()) == {8}
     sizes = {len(values) for values in make_jets(32, seed=2)["part_px"]}
     assert set(tops.multiplicity.tolist()) <= sizes
+
+
+def test_released_generator_makes_jets_as_its_card_says():
+    path = Path(__file__).resolve().parents[2] / "model_cards" / "omnilearned-jets-small"
+    model = AutoModelForPreTraining.from_pretrained(path).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(path)
+    request = extractor.sample_conditions(class_ids=[0] * 50 + [1] * 50, seed=1, return_tensors="pt")
+    sample = model.generate(**request, generator=torch.Generator().manual_seed(1))
+    assert sample.num_function_evaluations == 32
+    jets = extractor.batch_decode(sample, labels=request["labels"], conditions=request["conditions"])
+    asked = request["conditions"][:, 0].numpy() * extractor.condition_stds[0] + extractor.condition_means[0]
+    ratio = jets["jet_pt"] / asked[jets["row_index"]]
+    # 0.93 and 0.14 for 200 jets
+    assert np.mean(ratio) == pytest.approx(0.93, abs=0.06)
+    assert np.std(ratio) == pytest.approx(0.14, abs=0.06)
 
 
 def test_epic_flow_is_trained_and_generates(folder, tmp_path):
