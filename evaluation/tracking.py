@@ -227,7 +227,8 @@ def _without_booleans(column: Any) -> Any:
         import pyarrow as pa
 
         array = column.combine_chunks()
-        if pa.types.is_list(array.type) and pa.types.is_boolean(array.type.value_type):
+        is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+        if is_list and pa.types.is_boolean(array.type.value_type):
             return pa.chunked_array([array.cast(pa.list_(pa.int8()))])
         return column
     return [

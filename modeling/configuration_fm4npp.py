@@ -55,6 +55,7 @@ class Fm4nppConfig(PreTrainedConfig):
         num_attention_layers (`int`): of the point-classification head.
         match_class_cost, match_dice_cost, match_focal_cost (`float`): what a pair of a prototype and a track costs.
         matched_class_weight, unmatched_class_weight, dice_weight, focal_weight (`float`): of the losses.
+        track_parameter_weight, pid_weight, noise_weight (`float`): of the further losses of a joint head.
         match_padding (`bool`): as published, the padding of an event is a track too, one without points.
         class_weights (`list`), focal_gamma (`float`): weight of the classes of the points, and exponent of their focal
             loss; by default the plain cross entropy.
@@ -74,6 +75,7 @@ class Fm4nppConfig(PreTrainedConfig):
         "last_hidden_state",
         "loss_per_event",
         "loss_terms",
+        "joint_loss_terms",
         "auxiliary_class_logits",
         "auxiliary_mask_logits",
         "point_features",
@@ -120,6 +122,9 @@ class Fm4nppConfig(PreTrainedConfig):
     unmatched_class_weight: float | int = 0.1
     dice_weight: float | int = 1.0
     focal_weight: float | int = 30.0
+    track_parameter_weight: float | int = 1.0
+    pid_weight: float | int = 1.0
+    noise_weight: float | int = 1.0
     match_padding: bool = False
     class_weights: list[int | float] | tuple[int | float, ...] | None = None
     focal_gamma: float | int = 0.0
@@ -216,6 +221,9 @@ class Fm4nppConfig(PreTrainedConfig):
             "unmatched_class_weight",
             "dice_weight",
             "focal_weight",
+            "track_parameter_weight",
+            "pid_weight",
+            "noise_weight",
             "focal_gamma",
             "time_step_floor",
             "loss_bin_weights",

@@ -20,11 +20,13 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_fm4npp import Fm4nppConfig
 from .eager_attention import eager_attention_forward
 from .state_space import causal_conv1d, resolve_backend, selective_scan, state_space_dual
+
+logger = logging.get_logger(__name__)
 
 # every class that a saved checkpoint can be opened with
 AUTO_CLASSES = {
@@ -41,7 +43,8 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2
 
 class Fm4nppCache:
     """
-    What is left of the points so far, for processing a long event in pieces.
+    What is left of the points so far, for processing a long event in pieces. A model leaves the cache that it gets as
+    it is and returns another one, so that an event can go on from the same place several times.
 
     Attributes:
         conv_windows: per block, the last inputs of its convolution, (batch, conv_kernel - 1, conv_size).
@@ -51,6 +54,12 @@ class Fm4nppCache:
     def __init__(self, num_layers: int):
         self.conv_windows: list[torch.Tensor | None] = [None] * num_layers
         self.states: list[torch.Tensor | None] = [None] * num_layers
+
+    def copy(self) -> "Fm4nppCache":
+        """Another cache of the same tensors, which are never changed."""
+        cache = Fm4nppCache(0)
+        cache.conv_windows, cache.states = list(self.conv_windows), list(self.states)
+        return cache
 
     def update(self, layer_idx: int, conv_window: torch.Tensor, state: torch.Tensor):
         self.conv_windows[layer_idx] = conv_window
@@ -102,6 +111,7 @@ class Fm4nppTrackFindingOutput(ModelOutput):
         auxiliary_class_logits, auxiliary_mask_logits: the same of the prototypes in front of every refinement layer.
         loss_terms (`(predictions, 5)`): rows final prediction, auxiliary predictions; columns class of the matched and
             of the unmatched prototypes, dice, focal, weighted sum.
+        joint_loss_terms (`(3,)`): track parameters, particles and noise, of a joint head; not weighted.
         prototypes (`(batch, num_prototypes, head_size)`), point_features (`(batch, length, head_size)`): what the
             predictions are made of.
         pid_logits (`(batch, num_prototypes, num_pid_classes + 1)`), track_parameters (`(batch, num_prototypes, 4)`):
@@ -115,6 +125,7 @@ class Fm4nppTrackFindingOutput(ModelOutput):
     auxiliary_class_logits: tuple[torch.FloatTensor, ...] | None = None
     auxiliary_mask_logits: tuple[torch.FloatTensor, ...] | None = None
     loss_terms: torch.FloatTensor | None = None
+    joint_loss_terms: torch.FloatTensor | None = None
     prototypes: torch.FloatTensor | None = None
     point_features: torch.FloatTensor | None = None
     pid_logits: torch.FloatTensor | None = None
@@ -183,19 +194,20 @@ class Fm4nppEmbedder(nn.Module):
             self.register_buffer("output_projection", torch.zeros(energy_size + size, size))
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
-        """(batch, length, 4) to (batch, length, hidden_size)."""
+        """(batch, length, 4) to (batch, length, hidden_size), in the dtype of the module."""
         config, dtype = self.config, self.energy_projection.dtype
-        # the high octaves need all digits of a coordinate
-        energy = (points[..., :1].float() * self.energy_projection.float()).to(dtype)
-        if config.embedding_method == "legacy":
-            position = (points[..., 1:].float() @ self.position_projection.float()).to(dtype)
-            return self.norm(self.dropout(torch.cat([energy, position], dim=-1)))
-        position = encode_positions(points[..., 1:], config.position_encoding, config.hidden_size).to(dtype)
-        if config.position_encoding != "cpe":
-            position = position @ self.position_projection
-        if config.embedding_method == "concat":
-            return torch.cat([energy, position], dim=-1) @ self.output_projection
-        return energy + position
+        # in float32 also under autocast: a point would not be where it is with the three digits of bfloat16
+        with torch.autocast(points.device.type, enabled=False):
+            energy = points[..., :1].float() * self.energy_projection.float()
+            if config.embedding_method == "legacy":
+                position = points[..., 1:].float() @ self.position_projection.float()
+                return self.norm(self.dropout(torch.cat([energy, position], dim=-1).to(dtype)))
+            position = encode_positions(points[..., 1:], config.position_encoding, config.hidden_size)
+            if config.position_encoding != "cpe":
+                position = position @ self.position_projection.float()
+            if config.embedding_method == "concat":
+                return (torch.cat([energy, position], dim=-1) @ self.output_projection.float()).to(dtype)
+            return (energy + position).to(dtype)
 
 
 # Blocks
@@ -731,9 +743,10 @@ class Fm4nppModel(Fm4nppPreTrainedModel):
     ) -> Fm4nppModelOutput:
         r"""
         Args:
-            points (`(batch, length, 4)`): normalised (E, eta, phi, r) in the order of the feature extractor.
+            points (`(batch, length, 4)`): normalised (E, eta, phi, r) in the order of the feature extractor; float32
+                for a model of any dtype.
             attention_mask (`(batch, length)`): 1 for points, 0 for the padding behind them, whose values do not matter.
-            cache_params: of the points before, where events come in pieces.
+            cache_params: of the points before, where events come in pieces; it is not changed.
             use_cache (`bool`): return `cache_params` (also if some were given).
             output_hidden_states (`bool`): return the residual stream.
         """
@@ -744,7 +757,9 @@ class Fm4nppModel(Fm4nppPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if (use_cache or cache_params is not None) and self.gradient_checkpointing and self.training:
             raise ValueError("`cache_params` cannot be used with gradient checkpointing, which runs blocks twice")
-        if use_cache and cache_params is None:
+        if cache_params is not None:
+            cache_params = cache_params.copy()
+        elif use_cache:
             cache_params = Fm4nppCache(self.config.num_hidden_layers)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -857,11 +872,13 @@ class Fm4nppHeadModel(Fm4nppPreTrainedModel):
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        """As of any module; a frozen backbone stays in evaluation mode."""
+        """As of any module; a frozen backbone stays in evaluation mode, and the norm that no head reads is frozen."""
         super().train(mode)
+        # also after loading, which makes new parameters
         if self.model is not None and self.config.freeze_backbone:
-            # also after loading, which makes new parameters
             self.model.eval().requires_grad_(False)
+        elif self.model is not None:
+            self.model.norm_f.requires_grad_(False)
         return self
 
     def backbone_features(self, points, attention_mask, block_outputs):
@@ -910,6 +927,9 @@ class Fm4nppForTrackFinding(Fm4nppHeadModel):
         attention_mask: torch.Tensor | None = None,
         track_labels: torch.LongTensor | None = None,
         block_outputs: torch.FloatTensor | tuple[torch.FloatTensor, ...] | None = None,
+        true_pid: torch.LongTensor | None = None,
+        true_noise: torch.LongTensor | None = None,
+        true_track_parameters: torch.FloatTensor | None = None,
     ) -> Fm4nppTrackFindingOutput:
         r"""
         Args:
@@ -917,7 +937,21 @@ class Fm4nppForTrackFinding(Fm4nppHeadModel):
             track_labels (`(batch, length)`): id of the track of every point, any integers; -100 for points without one
                 and padding.
             block_outputs (`(layers, batch, length, hidden_size)`): of the backbone, instead of `points`.
+            true_pid (`(batch, length)`): particle of every point, for a joint head; a track is what most of its
+                points are. -100 for points without one and padding.
+            true_noise (`(batch, length)`): 1 for noise, 0 for signal, for a joint head; -100 for neither.
+            true_track_parameters (`(batch, length, 4)`): of the track of every point, for a joint head; -100 for
+                points without.
         """
+        # not called labels: `Trainer` would expect those of every argument of such a name
+        joint_labels = {
+            "true_pid": true_pid,
+            "true_noise": true_noise,
+            "true_track_parameters": true_track_parameters,
+        }
+        joint_labels = {name: labels for name, labels in joint_labels.items() if labels is not None}
+        if joint_labels and not (self.config.joint_head and track_labels is not None):
+            raise ValueError(f"`{next(iter(joint_labels))}` needs a head with `joint_head`, and `track_labels`")
         block_outputs, is_real = self.backbone_features(points, attention_mask, block_outputs)
         outputs: Fm4nppTrackFindingOutput = self.head(block_outputs, is_real)
         if track_labels is not None:
@@ -927,6 +961,10 @@ class Fm4nppForTrackFinding(Fm4nppHeadModel):
             terms = [self._track_losses(*logits, track_labels, is_real) for logits in zip(class_logits, mask_logits)]
             outputs.loss_terms = torch.stack(terms)
             outputs.loss = outputs.loss_terms[:, -1].sum()
+        if joint_labels:
+            outputs.joint_loss_terms = self._joint_losses(outputs, track_labels, is_real, **joint_labels)
+            weights = [self.config.track_parameter_weight, self.config.pid_weight, self.config.noise_weight]
+            outputs.loss = outputs.loss + outputs.joint_loss_terms @ outputs.loss.new_tensor(weights)
         return outputs
 
     def _track_losses(self, class_logits, mask_logits, track_labels, is_real) -> torch.Tensor:
@@ -953,6 +991,50 @@ class Fm4nppForTrackFinding(Fm4nppHeadModel):
                 [config.matched_class_weight, config.unmatched_class_weight, config.dice_weight, config.focal_weight]
             )
             return torch.cat([losses, (losses @ weights).unsqueeze(0)])
+
+    def _joint_losses(
+        self, outputs, track_labels, is_real, true_pid=None, true_noise=None, true_track_parameters=None
+    ) -> torch.Tensor:
+        """
+        Of the final prediction: distance of the track parameters and negative logarithm of the particle's probability,
+        of the matched prototypes, summed and divided by the batch; cross entropy of the noise. 0 without labels.
+        """
+        num_classes = self.config.num_pid_classes
+        with torch.autocast(outputs.class_logits.device.type, enabled=False):
+            class_logits, mask_logits = outputs.class_logits.float(), outputs.mask_logits.float()
+            matcher = Fm4nppHungarianMatcher(self.config)
+            events, prototypes, tracks = matcher(class_logits, mask_logits, track_labels, is_real)
+            belongs = (track_labels[events] == tracks.unsqueeze(-1)) & is_real[events]  # (pairs, length)
+            parameter_loss = particle_loss = noise_loss = class_logits.new_zeros(())
+            if true_track_parameters is not None:
+                if true_track_parameters.shape != (*is_real.shape, 4):
+                    raise ValueError(
+                        f"`true_track_parameters` has shape {tuple(true_track_parameters.shape)}, expected "
+                        f"{(*is_real.shape, 4)}"
+                    )
+                has_labels = belongs & (true_track_parameters[events] != -100).all(dim=-1)
+                counts = has_labels.sum(dim=1, keepdim=True)
+                # all points of a track have the same ones
+                sums = true_track_parameters[events].float().masked_fill(~has_labels.unsqueeze(-1), 0.0).sum(dim=1)
+                distances = (outputs.track_parameters[events, prototypes].float() - sums / counts.clamp(min=1)).abs()
+                parameter_loss = distances.mean(dim=1).masked_fill(counts[:, 0] == 0, 0.0).sum() / len(is_real)
+            if true_pid is not None:
+                check_labels("true_pid", true_pid, is_real, num_classes)
+                has_labels = belongs & (true_pid[events] != -100)
+                votes = nn.functional.one_hot(true_pid.long().clamp(0, num_classes - 1), num_classes)[events]
+                votes = votes.masked_fill(~has_labels.unsqueeze(-1), 0).sum(dim=1)
+                probabilities = outputs.pid_logits[events, prototypes].float().softmax(dim=-1)
+                chosen = probabilities.gather(1, votes.argmax(dim=1, keepdim=True))[:, 0]
+                particle_loss = -torch.log(chosen + LOG_EPS).masked_fill(votes.sum(dim=1) == 0, 0.0)
+                particle_loss = particle_loss.sum() / len(is_real)
+            if true_noise is not None:
+                check_labels("true_noise", true_noise, is_real, 2)
+                labels = true_noise.long().masked_fill(~is_real, -100)
+                losses = nn.functional.cross_entropy(
+                    outputs.noise_logits.float().transpose(1, 2), labels, reduction="none"
+                )
+                noise_loss = losses.sum() / (labels != -100).sum().clamp(min=1)
+            return torch.stack([parameter_loss, particle_loss, noise_loss])
 
     @torch.no_grad()
     def assign_tracks(
@@ -1034,6 +1116,11 @@ class Fm4nppForTokenClassification(Fm4nppHeadModel):
 def check_points(points: torch.Tensor):
     if points.ndim != 3 or points.shape[2] != NUM_FEATURES or 0 in points.shape:
         raise ValueError(f"`points` has shape {tuple(points.shape)}, expected (batch, length, {NUM_FEATURES})")
+    if points.dtype in (torch.bfloat16, torch.float16):
+        logger.warning_once(
+            f"`points` are {points.dtype}, which moves them (bfloat16: by up to 7 mm in phi at a radius of 60 cm); "
+            "keep them in float32, also for models of half precision"
+        )
 
 
 def check_mask(

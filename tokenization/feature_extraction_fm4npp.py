@@ -144,6 +144,21 @@ class Fm4nppFeatureExtractor(FeatureExtractionMixin):
         # Counts must not change the fingerprint that datasets.map takes of its function.
         return {**self.__dict__, "dropped": Counter()}
 
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs) -> Any:
+        """As of any extractor. A saved one holds its bin edges: the name of another file could be anywhere.
+
+        Raises:
+            ValueError: `bin_edges` in the dictionary is a name.
+        """
+        settings = {"bin_edges": None, **feature_extractor_dict}
+        if isinstance(settings["bin_edges"], (str, Path)) and "bin_edges" not in kwargs:
+            raise ValueError(
+                f"saved feature extractor: bin_edges is {str(settings['bin_edges'])!r}, expected the edges themselves; "
+                "from_pretrained(..., bin_edges=FILE) reads them from a JSON file, and save_pretrained writes them"
+            )
+        return super().from_dict(settings, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings, as saved in `preprocessor_config.json`."""
         return {name: value for name, value in super().to_dict().items() if name != "dropped"}
@@ -608,6 +623,11 @@ def _read_labels(values: Sequence, name: str, lengths: np.ndarray) -> np.ndarray
             raise ValueError(f"row {row}: {name} must be integers, got {short_repr(values[row])}")
         if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
             raise ValueError(f"row {row}: {name} has {array.max()}; expected integers of at most 64 bits with sign")
+        if name == "track_id" and (array == IGNORE_INDEX).any():
+            point = int(np.argmax(array == IGNORE_INDEX))
+            raise ValueError(
+                f"row {row}: track_id of point {point} is {IGNORE_INDEX}, which marks padding; use another id"
+            )
     return np.concatenate([array.astype(np.int64) for array in arrays]) if arrays else np.zeros(0, dtype=np.int64)
 
 

@@ -4,8 +4,9 @@ Find tracks, particles and noise in TPC events with trained models.
     python training/find_tracks.py --model runs/tracking --input data/tpc/test --output predictions.parquet
 
 The output has the columns of the input and `predicted_track_id` (number of a prototype, -1 for none), `predicted_pid`
-(0 other, 1 pion, 2 kaon, 3 proton, 4 electron), `predicted_noise` (0 or 1), of the models that are given, one entry per
-point in the order of the input. `hepzoo evaluate tracking` and `hepzoo plot tracking` read it.
+(0 other, 1 pion, 2 kaon, 3 proton, 4 electron), `predicted_noise` (0 or 1), of the models that are given (a track
+finder with a joint head gives all three), one entry per point in the order of the input. `hepzoo evaluate tracking` and
+`hepzoo plot tracking` read it.
 """
 
 import argparse
@@ -39,10 +40,11 @@ EVENTS_AT_ONCE = 200
 class Predictor:
     """One trained model with its feature extractor: events to a prediction per point."""
 
-    def __init__(self, path: str, auto_class: str, option: str, device: str):
+    def __init__(self, path: str, option: str, device: str):
         import transformers
 
         config = load_config(path, "fm4npp")
+        auto_class, self.column = MODELS[option]
         classes = {"pid_model": 5, "noise_model": 2}.get(option)
         if classes is not None and config.num_labels != classes:
             raise ValueError(f"--{option} {path}: tells {config.num_labels} classes apart, expected {classes}")
@@ -58,12 +60,12 @@ class Predictor:
             )
         self.model = self.model.to(device).eval()
 
-    def __call__(self, columns: dict[str, list[np.ndarray]], batch_size: int) -> list[np.ndarray]:
-        """Predictions of all events, one int64 array each, in the order of their points."""
+    def __call__(self, columns: dict[str, list[np.ndarray]], batch_size: int) -> dict[str, list[np.ndarray]]:
+        """Predicted columns of all events, one int64 array each, in the order of their points."""
         import torch
 
         lengths = np.array([len(values) for values in columns["E"]])
-        predictions: list[np.ndarray] = [np.zeros(0, np.int64)] * len(lengths)
+        predictions: dict[str, list[np.ndarray]] = {}
         # events of like length share a batch
         by_length = np.argsort(lengths, kind="stable")
         for start in range(0, len(by_length), batch_size):
@@ -75,14 +77,28 @@ class Predictor:
                 raise ValueError(renumber_row(error, chosen)) from None
             inputs = {name: batch[name].to(self.model.device) for name in ("points", "attention_mask")}
             with torch.inference_mode():
-                outputs = self.model(**inputs)
-                if hasattr(self.model, "assign_tracks"):
-                    found = self.model.assign_tracks(outputs, inputs["attention_mask"])
-                else:
-                    found = outputs.logits.argmax(dim=-1)
-            for row, values in zip(chosen, self.extractor.restore_order(found.cpu(), batch["order"]), strict=True):
-                predictions[row] = values
+                found = self.predict(inputs)
+            for column, values in found.items():
+                predicted = predictions.setdefault(column, [np.zeros(0, np.int64)] * len(lengths))
+                for row, event in zip(chosen, self.extractor.restore_order(values.cpu(), batch["order"]), strict=True):
+                    predicted[row] = event
         return predictions
+
+    def predict(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Predicted columns of a batch, (batch, length) each; those of a joint head are three."""
+        outputs = self.model(**inputs)
+        if not hasattr(self.model, "assign_tracks"):
+            return {self.column: outputs.logits.argmax(dim=-1)}
+        tracks = self.model.assign_tracks(outputs, inputs["attention_mask"])
+        if not self.model.config.joint_head:
+            return {self.column: tracks}
+        # the last class is that of no track; a point without a track is of the other particles
+        particles = outputs.pid_logits[..., :-1].argmax(dim=-1).gather(1, tracks.clamp(min=0))
+        return {
+            self.column: tracks,
+            "predicted_pid": particles.masked_fill(tracks < 0, 0),
+            "predicted_noise": outputs.noise_logits.argmax(dim=-1),
+        }
 
 
 def open_parquet(path: Path) -> Any:
@@ -123,8 +139,9 @@ def read_tables(
         for name in POINT_COLUMNS:
             if name not in file.schema_arrow.names:
                 raise ValueError(f"{path}: column {name!r} is missing (found: {', '.join(file.schema_arrow.names)})")
-            if not pa.types.is_list(file.schema_arrow.field(name).type):
-                raise ValueError(f"{path}: column {name!r} holds {file.schema_arrow.field(name).type}, not lists")
+            kind = file.schema_arrow.field(name).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise ValueError(f"{path}: column {name!r} holds {kind}, not lists")
         schema = file.schema_arrow if schema is None else schema
         if not file.schema_arrow.equals(schema):
             raise ValueError(f"{path}: has other columns than {paths[0]}, expected files of one kind")
@@ -169,14 +186,10 @@ def find_tracks(arguments: argparse.Namespace) -> int:
     if arguments.output.suffix != ".parquet":
         raise ValueError(f"--output {arguments.output}: expected a name that ends in .parquet")
     device = "cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu"
-    predictors = {
-        column: Predictor(getattr(arguments, option), auto_class, option, device)
-        for option, (auto_class, column) in MODELS.items()
-        if option in chosen
-    }
+    predictors = [Predictor(getattr(arguments, option), option, device) for option in chosen]
     max_points = None
     if arguments.drop_long_events:
-        max_points = min(predictor.extractor.max_points for predictor in predictors.values())
+        max_points = min(predictor.extractor.max_points for predictor in predictors)
     total = sum(open_parquet(path).metadata.num_rows for path in paths)
     total = total if arguments.max_events is None else min(total, arguments.max_events)
 
@@ -189,11 +202,13 @@ def find_tracks(arguments: argparse.Namespace) -> int:
                 columns = {
                     name: [np.asarray(values.as_py(), np.float32) for values in table[name]] for name in POINT_COLUMNS
                 }
-                for column, predictor in predictors.items():
+                predictions = {}
+                for predictor in predictors:
                     try:
-                        found = predictor(columns, arguments.batch_size)
+                        predictions |= predictor(columns, arguments.batch_size)
                     except ValueError as error:
                         raise ValueError(f"{path}: {renumber_row(error, rows)}") from None
+                for column, found in predictions.items():
                     if column in table.column_names:
                         table = table.drop_columns([column])
                     table = table.append_column(column, pa.array(found, pa.list_(pa.int32())))

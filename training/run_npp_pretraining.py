@@ -5,6 +5,9 @@ Events are rows of E [ADC counts], x, y, z [cm]; no labels are needed. The outpu
 extractor; `run_tracking.py` and `run_token_classification.py` start from it.
 """
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import torch
 import transformers
@@ -25,9 +28,10 @@ from hepzoo.training.common import (
     prepare_run,
     run_script,
 )
-from hepzoo.training.data import DataTrainingArguments, load_raw_datasets
+from hepzoo.training.data import DataTrainingArguments, InputError, load_raw_datasets
 from hepzoo.training.tpc_data import (
     POINT_COLUMNS,
+    SHORTEST_WINDOW,
     TpcArguments,
     TpcCollator,
     load_feature_extractor,
@@ -53,8 +57,72 @@ examples:
         --train_file "data/tpc/unlabeled/*.parquet" --feature_extractor_overrides bin_edges=edges.json \\
         --output_dir runs/npp
 
+  windows of 512 points (published as chunk_training)
+    accelerate launch training/run_npp_pretraining.py training/configs/fm4npp.yaml --paper_size m1 --window 512 \\
+        --train_file data/tpc/unlabeled --feature_extractor_name extractor --output_dir runs/npp
+
   continue an interrupted run: the same command again
 """
+
+
+@dataclass
+class PretrainingArguments:
+    """Sequences, and how the output layer starts."""
+
+    window: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on windows of at most so many points, one per event and pass; validation takes all windows "
+            "of an event. Default: whole events."
+        },
+    )
+    fit_output_events: int | None = field(
+        default=None,
+        metadata={
+            "help": "From scratch: start the output layer at the least-squares prediction from what the new backbone "
+            "makes of so many training events (64 are enough), instead of at random."
+        },
+    )
+
+
+@torch.no_grad()
+def fit_output_layer(
+    model: Any, collator: TpcCollator, events: list[dict[str, Any]], batch_size: int = 8, ridge: float = 1e-6
+) -> None:
+    """
+    Sets the output layer of `Fm4nppForPreTraining` to the least-squares prediction from the hidden states of `events`.
+
+    The encoded positions, sines of ten octaves, are so nearly degenerate (the condition number of their covariance is
+    above 1e14) that gradient descent needs thousands of steps for what one linear system gives.
+
+    Args:
+        ridge: added to the squares of the hidden states, whose mean is near 1.
+    """
+    size, shift = model.config.hidden_size + 1, model.config.label_shift
+    squares = torch.zeros(size, size, dtype=torch.float64)
+    products = torch.zeros(size, 3 * model.config.num_neighbors, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(events), batch_size):
+        batch = collator(events[start : start + batch_size])
+        inputs = {name: batch[name].to(model.device) for name in ("points", "attention_mask")}
+        hidden_states = model.model(**inputs, use_cache=False).last_hidden_state.double().cpu()
+        labels = batch["neighbor_labels"][:, shift:].double()
+        # points with all of their neighbours
+        is_full = (labels != -100).all(dim=-1)
+        states = hidden_states[:, : labels.shape[1]][is_full]
+        states = torch.cat([states, torch.ones(len(states), 1, dtype=torch.float64)], dim=1)
+        squares += states.T @ states
+        products += states.T @ labels[is_full]
+    model.train(was_training)
+    # the last of the squares counts the points
+    count = squares[-1, -1]
+    if count == 0:
+        raise InputError(f"--fit_output_events: no point has {model.config.num_neighbors} neighbours")
+    solution = torch.linalg.solve(squares / count + ridge * torch.eye(size, dtype=torch.float64), products / count)
+    head = model.neighbor_head
+    head.weight.copy_(solution[:-1].T)
+    head.bias.copy_(solution[-1])
 
 
 class NeighborMonitor(TrainerCallback):
@@ -121,7 +189,7 @@ class NeighborMonitor(TrainerCallback):
 
 def build_parser() -> transformers.HfArgumentParser:
     return make_parser(
-        (ModelArguments, TpcArguments, DataTrainingArguments, TrainingArguments),
+        (ModelArguments, TpcArguments, PretrainingArguments, DataTrainingArguments, TrainingArguments),
         description="Pre-train FM4NPP on TPC events. Options are flags or come from a JSON or YAML file given as the "
         "first argument, which flags override.",
         epilog=EXAMPLES,
@@ -130,7 +198,13 @@ def build_parser() -> transformers.HfArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains and evaluates; returns the exit status."""
-    model_args, tpc_args, data_args, training_args = parse_arguments(build_parser(), argv)
+    model_args, tpc_args, pretraining_args, data_args, training_args = parse_arguments(build_parser(), argv)
+    for name, least in (("window", SHORTEST_WINDOW), ("fit_output_events", 1)):
+        value = getattr(pretraining_args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name}: is {value}, expected at least {least}")
+    if pretraining_args.fit_output_events is not None and model_args.model_name_or_path is not None:
+        raise InputError("--fit_output_events: the output layer of --model_name_or_path is trained already")
     training_args.label_names = ["neighbor_labels"]
     training_args.length_column_name = "num_points"
     # batches are made from whole events
@@ -149,17 +223,25 @@ def main(argv: list[str] | None = None) -> int:
         f"{model.num_parameters(only_trainable=True):,} of them trained"
     )
 
+    window = pretraining_args.window
+    if pretraining_args.fit_output_events is not None and training_args.do_train:
+        events = list(raw.train.take(pretraining_args.fit_output_events))
+        fit_output_layer(model, TpcCollator(extractor, "neighbors", "training data"), events)
+        logger.info(f"output layer from {len(events)} training events")
+
     trainer = PhysicsTrainer(
         model=model,
         args=training_args,
         train_dataset=raw.train,
         eval_dataset=raw.validation,
         processing_class=extractor,
-        data_collator=TpcCollator(extractor, "neighbors", "training data", data_args.pad_to_multiple_of),
+        data_collator=TpcCollator(extractor, "neighbors", "training data", data_args.pad_to_multiple_of, window),
         callbacks=[NeighborMonitor()],
         optimizer_cls_and_kwargs=optimizer_arguments(model_args, training_args),
     )
-    trainer.evaluation_collator = TpcCollator(extractor, "neighbors", "validation data")
+    trainer.evaluation_collator = TpcCollator(
+        extractor, "neighbors", "validation data", window=window, all_windows=True
+    )
     trainer.card = {
         "script": "run_npp_pretraining.py",
         "auto_class": "AutoModelForPreTraining",

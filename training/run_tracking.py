@@ -2,7 +2,9 @@
 Train track finding in TPC events (arXiv:2508.14087): a head of prototypes on the block outputs of a backbone.
 
 Events are rows of E [ADC counts], x, y, z [cm] and the track_id of every point. As published, the pre-trained backbone
-is frozen and the head is trained; `--no_freeze_backbone` trains both. `find_tracks.py` then finds tracks.
+is frozen and the head is trained; `--no_freeze_backbone` trains both. `find_tracks.py` then finds tracks. With
+`--config_overrides joint_head=true` the head also learns the particles of the tracks and the noise of the points, from
+the columns pid and noise.
 """
 
 from dataclasses import dataclass, field
@@ -58,7 +60,9 @@ def tracking_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Adjusted Rand index (mean over events, and pooled), efficiency, purity and fake rate of assignments."""
     from hepzoo.evaluation.tracking import adjusted_rand_index, contingency, match_tracks
 
-    true, found = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+    labels = prediction.label_ids
+    # a joint head has others too
+    true, found = np.asarray(labels[0] if isinstance(labels, tuple) else labels), np.asarray(prediction.predictions)
     is_point = true != -100
     table = contingency(np.nonzero(is_point)[0], true[is_point], found[is_point], len(true))
     per_event, pooled = adjusted_rand_index(table)

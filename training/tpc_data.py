@@ -18,13 +18,20 @@ from hepzoo.training.data import InputError, RawDatasets, parse_assignments
 logger = logging.get_logger(__name__)
 
 POINT_COLUMNS = ("E", "x", "y", "z")
-# what is learned -> (column of the events, labels of the feature extractor, argument of the model)
+# what is learned -> (column of the events, labels of the feature extractor, argument of the model), one or several
 TARGETS = {
-    "neighbors": (None, "neighbor_labels", "neighbor_labels"),
-    "tracks": ("track_id", "track_labels", "track_labels"),
-    "pid": ("pid", "pid_labels", "labels"),
-    "noise": ("noise", "noise_labels", "labels"),
+    "neighbors": ((None, "neighbor_labels", "neighbor_labels"),),
+    "tracks": (("track_id", "track_labels", "track_labels"),),
+    "joint": (
+        ("track_id", "track_labels", "track_labels"),
+        ("pid", "pid_labels", "true_pid"),
+        ("noise", "noise_labels", "true_noise"),
+    ),
+    "pid": (("pid", "pid_labels", "labels"),),
+    "noise": (("noise", "noise_labels", "labels"),),
 }
+# shorter remainders of an event are no window
+SHORTEST_WINDOW = 50
 
 
 @dataclass
@@ -75,8 +82,6 @@ def load_tpc_config(model_args: ModelArguments, tpc_args: TpcArguments) -> PreTr
     overrides = parse_assignments(model_args.config_overrides, "config_overrides")
     source = next((n for n in ("model_name_or_path", "config_name") if getattr(model_args, n)), "model_type")
     name = getattr(model_args, source) or "fm4npp"
-    if tpc_args.paper_size is not None and source != "model_type":
-        raise InputError(f"--paper_size: --{source} has a size already")
     try:
         if source != "model_type":
             config = AutoConfig.from_pretrained(name, **model_args.hub_kwargs(), **overrides)
@@ -86,6 +91,9 @@ def load_tpc_config(model_args: ModelArguments, tpc_args: TpcArguments) -> PreTr
             config = type(AutoConfig.for_model(name)).from_paper_size(tpc_args.paper_size, **overrides)
     except (ValueError, OSError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise InputError(f"--{source} {name}: {' '.join(str(error).split())}") from error
+    # the settings of a first training, from a file, may be those of its continuation
+    if source != "model_type" and tpc_args.paper_size not in (None, getattr(config, "paper_size", None)):
+        raise InputError(f"--paper_size: --{source} has a size already")
     unknown = sorted(set(overrides) - set(type(config)().to_dict()))
     if unknown:
         raise InputError(f"--config_overrides: {type(config).__name__} has no {unknown[0]}")
@@ -153,8 +161,7 @@ def prepare_events(raw: RawDatasets, target: str, extractor: Any, drop_long: boo
     Raises:
         InputError: a column is missing, or no event is left.
     """
-    label = TARGETS[target][0]
-    needed = [*POINT_COLUMNS, *([label] if label is not None else [])]
+    needed = [*POINT_COLUMNS, *(column for column, _, _ in TARGETS[target] if column is not None)]
     for split in ("train", "validation"):
         dataset = getattr(raw, split)
         if dataset is None:
@@ -207,27 +214,40 @@ class TpcCollator:
         target: of `TARGETS`.
         name: what the events are called in errors.
         pad_to_multiple_of: rounds lengths up, for example with `--torch_compile`.
+        window (`int`, *optional*): most points of a sequence (published as `chunk_training`). Of a longer event one
+            window is drawn, or all are taken, one after the other, with `all_windows`. Labels are those of the whole
+            event: a neighbour may lie outside of the window.
     """
 
     extractor: Any
     target: str
     name: str = "data"
     pad_to_multiple_of: int | None = None
+    window: int | None = None
+    all_windows: bool = False
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        _, labels, argument = TARGETS[self.target]
         try:
-            encoded = self.extractor(
-                features,
-                return_tensors="pt",
-                return_neighbor_labels=self.target == "neighbors",
-                pad_to_multiple_of=self.pad_to_multiple_of,
-            )
+            encoded = self.extractor(features, padding=False, return_neighbor_labels=self.target == "neighbors")
         except ValueError as error:
             rows = [int(feature["row"]) for feature in features]
             raise InputError(f"{self.name}: {renumber_row(error, rows)}") from error
-        return {
-            "points": encoded["points"],
-            "attention_mask": encoded["attention_mask"],
-            argument: encoded[labels],
-        }
+        if self.window is not None:
+            spans = [self.windows(len(points)) for points in encoded["points"]]
+            encoded = {
+                name: [value[span] for value, cuts in zip(values, spans, strict=True) for span in cuts]
+                for name, values in encoded.items()
+            }
+        padded = self.extractor.pad(encoded, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
+        labels = {argument: padded[name] for _, name, argument in TARGETS[self.target]}
+        return {"points": padded["points"], "attention_mask": padded["attention_mask"], **labels}
+
+    def windows(self, length: int) -> list[slice]:
+        """What is taken of an event of `length` points: a window that starts anywhere, or all windows in a row."""
+        if length <= self.window:
+            return [slice(0, length)]
+        if self.all_windows:
+            starts = range(0, length, self.window)
+            return [slice(start, start + self.window) for start in starts if length - start > SHORTEST_WINDOW]
+        start = int(torch.randint(max(length - SHORTEST_WINDOW, 0) + 1, ()))
+        return [slice(start, start + self.window)]

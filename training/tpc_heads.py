@@ -125,7 +125,6 @@ def train_head(
             raise InputError("--cache_block_outputs: a backbone that is trained has no outputs to keep")
         if data_args.streaming or training_args.dataloader_num_workers:
             raise InputError("--cache_block_outputs: not with --streaming or --dataloader_num_workers")
-    training_args.label_names = [TARGETS[target][2]]
     training_args.length_column_name = "num_points"
     # batches are made from whole events
     training_args.remove_unused_columns = False
@@ -136,6 +135,8 @@ def train_head(
     overrides = parse_assignments(model_args.config_overrides, "config_overrides")
     model_args.config_overrides = {**overrides, **changes, "freeze_backbone": freeze_backbone}
     config = load_tpc_config(model_args, tpc_args)
+    target = "joint" if target == "tracks" and config.joint_head else target
+    training_args.label_names = [argument for _, _, argument in TARGETS[target]]
     raw = load_raw_datasets(data_args, training_args, model_args)
     extractor = load_feature_extractor(model_args, tpc_args, config, raw.train)
     prepare_events(raw, target, extractor, tpc_args.drop_long_events)

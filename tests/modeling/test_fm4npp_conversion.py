@@ -207,6 +207,13 @@ def changed(state_dict: dict, key: str, value) -> dict:
         ("fm4npp_tracking", "pid.mamba_layers.0.0.weight", torch.ones(3), "unknown parameters: mamba_layers"),
         ("fm4npp_tracking", "../../x.weighted_avg_weights", torch.ones(2), "head under the name '../../x.'"),
         ("fm4npp_tracking", "weighted_avg_weights", torch.ones(2), "unknown parameters"),
+        ("fm4npp_mamba1", "norm.weight", torch.full((32,), torch.nan), "not finite numbers: model.norm_f.weight"),
+        (
+            "fm4npp_tracking",
+            "pid.weighted_avg_weights",
+            torch.tensor([1.0, -torch.inf]),
+            "not finite numbers: head.reader.layer_weights",
+        ),
     ],
 )
 def test_hostile_checkpoints(name, key, value, message, tmp_path):

@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score
 from transformers import Trainer, TrainingArguments
 
+from hepzoo.modeling import modeling_fm4npp
 from hepzoo.modeling.configuration_fm4npp import Fm4nppConfig
 from hepzoo.modeling.modeling_fm4npp import (
     Fm4nppCache,
@@ -228,6 +229,26 @@ def test_high_octaves_survive_half_precision():
     assert (rounded.float() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
+@pytest.mark.parametrize("method", ["add", "concat", "legacy"])
+def test_points_stay_where_they_are_under_autocast(method):
+    """In bfloat16 a point of 60 cm radius would move by up to 7 mm in phi."""
+    model = make_model(Fm4nppModel, embedding_method=method)
+    points = torch.rand(1, 50, 4)
+    expected = model.embedder(points)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model.embedder(points), expected, rtol=0, atol=0)
+
+
+def test_points_of_half_precision_are_warned_about(caplog, monkeypatch):
+    monkeypatch.setattr(modeling_fm4npp.logger, "propagate", True)
+    modeling_fm4npp.logger.warning_once.cache_clear()
+    model = make_model(Fm4nppModel)
+    model(torch.rand(1, 5, 4))
+    assert not caplog.records
+    model(torch.rand(1, 5, 4).bfloat16())
+    assert "`points` are torch.bfloat16" in caplog.records[0].getMessage()
+
+
 # Initialisation
 
 
@@ -384,6 +405,8 @@ def test_pieces_equal_one_pass(ssm, pieces):
     cache, predictions, begin = Fm4nppCache(2), [], 0
     for length in pieces:
         part = {name: tensor[:, begin : begin + length] for name, tensor in batch.items()}
+        # the cache is not changed: the same piece can be tried again
+        model(**part, cache_params=cache)
         outputs = model(**part, cache_params=cache)
         predictions.append(outputs.predictions)
         cache, begin = outputs.cache_params, begin + length
@@ -487,9 +510,10 @@ def test_a_frozen_backbone_is_not_trained(model_class, tmp_path):
     model = model_class.from_pretrained(tmp_path, freeze_backbone=False).train()
     assert model.model.training
     model(**batch).loss.backward()
-    # the norm behind the last block is not what heads read
-    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert without == {"model.norm_f.weight"}
+    # the norm behind the last block is not what heads read; all that is trained has a gradient, as DDP expects
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.norm_f.weight"}
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_compiled_gives_the_same():
@@ -629,6 +653,84 @@ def test_track_loss_written_out(num_prototypes, match_padding):
         rows.append([*terms, np.dot(terms, [0.5, 0.1, 1, 30])])
     torch.testing.assert_close(outputs.loss_terms.double(), torch.tensor(rows), rtol=1e-4, atol=1e-5)
     assert outputs.loss.item() == pytest.approx(np.sum(rows, axis=0)[-1], rel=1e-4)
+
+
+def joint_labels(batch: dict, seed: int = 4) -> dict[str, torch.Tensor]:
+    """Particles with votes that differ within a track, noise, and one set of parameters per track; some without."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch["track_labels"].shape
+    pid = torch.randint(0, 3, shape, generator=generator)
+    noise = torch.randint(0, 2, shape, generator=generator)
+    parameters = torch.rand(4, 4, generator=generator)[batch["track_labels"].clamp(min=0)]
+    pid[1], noise[0, 1], parameters[0, 1], parameters[3] = -100, -100, -100.0, -100.0
+    return {"true_pid": pid, "true_noise": noise, "true_track_parameters": parameters}
+
+
+def test_joint_losses_written_out():
+    settings = {"joint_head": True, "track_parameter_weight": 3.0, "pid_weight": 0.5, "noise_weight": 2.0}
+    model = make_model(Fm4nppForTrackFinding, num_pid_classes=3, **settings)
+    batch = inputs_of(make_batch(), "track_labels")
+    labels = joint_labels(batch)
+    plain, outputs = model(**batch), model(**batch, **labels)
+    is_real = batch["attention_mask"].bool()
+    pairs = Fm4nppHungarianMatcher(model.config)(
+        outputs.class_logits, outputs.mask_logits, batch["track_labels"], is_real
+    )
+    distance, particle = 0.0, 0.0
+    for event, prototype, track in zip(*(values.tolist() for values in pairs)):
+        points = [p for p in range(12) if is_real[event, p] and batch["track_labels"][event, p] == track]
+        found = outputs.track_parameters[event, prototype].tolist()
+        true = [labels["true_track_parameters"][event, p].tolist() for p in points]
+        true = [values for values in true if -100 not in values]
+        if true:
+            assert all(values == true[0] for values in true)
+            distance += sum(abs(a - b) for a, b in zip(found, true[0])) / 4
+        votes = [labels["true_pid"][event, p].item() for p in points]
+        votes = [vote for vote in votes if vote != -100]
+        if votes:
+            most = max(sorted(set(votes)), key=votes.count)
+            particle -= math.log(outputs.pid_logits[event, prototype].softmax(dim=0)[most].item() + 1e-6)
+    noise = [
+        -outputs.noise_logits[event, point].log_softmax(dim=0)[labels["true_noise"][event, point]].item()
+        for event, point in is_real.nonzero().tolist()
+        if labels["true_noise"][event, point] != -100
+    ]
+    expected = torch.tensor([distance / 4, particle / 4, sum(noise) / len(noise)])
+    torch.testing.assert_close(outputs.joint_loss_terms, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs.loss_terms, plain.loss_terms)
+    assert outputs.loss.item() == pytest.approx((plain.loss + expected @ torch.tensor([3, 0.5, 2])).item(), rel=1e-4)
+    # all parts of the head learn
+    model.train()
+    model(**batch, **labels).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+
+
+def test_joint_losses_of_some_labels_only():
+    model = make_model(Fm4nppForTrackFinding, joint_head=True, num_pid_classes=3)
+    batch = inputs_of(make_batch(), "track_labels")
+    labels = joint_labels(batch)
+    terms = model(**batch, **labels).joint_loss_terms
+    order = ("true_track_parameters", "true_pid", "true_noise")
+    for index, name in enumerate(order):
+        alone = model(**batch, **{name: labels[name]}).joint_loss_terms
+        torch.testing.assert_close(alone[index], terms[index])
+        assert alone.count_nonzero() == 1
+    nothing = {name: torch.full_like(labels[name], -100) for name in order}
+    assert model(**batch, **nothing).joint_loss_terms.count_nonzero() == 0
+
+
+def test_hostile_joint_labels():
+    batch = inputs_of(make_batch(), "track_labels")
+    labels = joint_labels(batch)
+    with pytest.raises(ValueError, match="`true_pid` needs a head with `joint_head`"):
+        make_model(Fm4nppForTrackFinding)(**batch, true_pid=labels["true_pid"])
+    model = make_model(Fm4nppForTrackFinding, joint_head=True, num_pid_classes=2)
+    with pytest.raises(ValueError, match="`true_noise` needs .* `track_labels`"):
+        model(**inputs_of(batch), true_noise=labels["true_noise"])
+    with pytest.raises(ValueError, match="`true_pid` of event 0, point . is 2, expected 0 to 1"):
+        model(**batch, true_pid=labels["true_pid"])
+    with pytest.raises(ValueError, match=r"`true_track_parameters` has shape \(4, 12, 3\), expected \(4, 12, 4\)"):
+        model(**batch, true_track_parameters=labels["true_track_parameters"][..., :3])
 
 
 def test_certain_predictions_have_finite_losses_and_gradients():

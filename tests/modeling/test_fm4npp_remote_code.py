@@ -1,7 +1,6 @@
 """Saved FM4NPP folders open with every Auto class, and carry the code that they need."""
 
 import inspect
-import json
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers import (
 )
 
 import hepzoo
-from tests.subprocesses import checked, run_python
+from tests.subprocesses import answer, assert_complete, run_python
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 16, "num_neighbors": 3}
 SIZES |= {"head_size": 24, "head_intermediate_size": 20, "num_prototypes": 6}
@@ -50,8 +49,7 @@ def test_saved_models_open_with_every_auto_class_with_and_without_hepzoo(tmp_pat
         assert summary(opened) == expected[name]
         # the folder of a head is a backbone too
         assert type(AutoModel.from_pretrained(folder)) is hepzoo.Fm4nppModel
-        text = "".join(path.read_text() for path in folder.glob("*.py"))
-        assert "import hepzoo" not in text and "from hepzoo" not in text
+        assert_complete(folder)
     code = f"""
 import json, sys
 import torch, transformers
@@ -64,7 +62,7 @@ for name in {list(expected)}:
 model.save_pretrained("again")
 print(json.dumps(found))
 """
-    observed = json.loads(checked(run_python(code, tmp_path, tmp_path, hepzoo=False)).splitlines()[-1])
+    observed = answer(run_python(code, tmp_path, tmp_path, hepzoo=False))
     assert observed == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
     again = {path.name for path in (tmp_path / "again").iterdir()}
     assert again == {path.name for path in (tmp_path / name).iterdir()}

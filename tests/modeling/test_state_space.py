@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -408,6 +409,156 @@ def test_cuda_equals_the_recurrence(operator, backend):
             expected = values_and_gradients(plain_output, [t.cpu() for t in inputs], torch.float64, names)
             actual = values_and_gradients(output, inputs, torch.float32, names)
             assert_close({name: value.cpu() for name, value in actual.items()}, expected, 1e-5)
+
+
+@pytest.fixture
+def stand_in_kernels(monkeypatch):
+    """
+    Modules in the places of mamba-ssm 2.3 and causal-conv1d 1.7 whose functions have the arguments and the conditions
+    of the kernels, and compute by the plain recurrences. Yields the names of what was called.
+    """
+    called = []
+
+    def selective_scan_fn(
+        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+    ):
+        (batch, channels, length), size = u.shape, A.shape[1]
+        assert delta.shape == u.shape and A.shape == (channels, size) and B.shape == C.shape == (batch, size, length)
+        assert {tensor.dtype for tensor in (u, delta, A, B, C, D)} == {torch.float32}
+        assert all(tensor.stride(-1) == 1 for tensor in (u, delta, B, C))
+        assert z is None and delta_bias is None and not delta_softplus
+        called.append("selective_scan_fn")
+        inputs = [tensor.transpose(1, 2) for tensor in (u, delta, B, C)]
+        y, state = plain_scan(*inputs[:2], A, *inputs[2:], D, u.new_zeros(batch, channels, size))
+        # the kernel gives no gradient to the final state
+        return (y.transpose(1, 2), state.detach()) if return_last_state else y.transpose(1, 2)
+
+    def mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        z=None,
+        dt_bias=None,
+        initial_states=None,
+        seq_idx=None,
+        cu_seqlens=None,
+        dt_softplus=False,
+        dt_limit=(0.0, float("inf")),
+        return_final_states=False,
+        return_varlen_states=False,
+    ):
+        (batch, length, heads, head_dim), size = x.shape, B.shape[-1]
+        assert dt.shape == (batch, length, heads) and A.shape == D.shape == (heads,)
+        assert B.shape == C.shape == (batch, length, 1, size) and B.dtype == C.dtype == x.dtype
+        assert dt.dtype == A.dtype == torch.float32 and isinstance(chunk_size, int) and chunk_size >= 1
+        assert all(tensor.stride(-1) == 1 for tensor in (x, B, C))
+        assert initial_states is None or initial_states.shape == (batch, heads, head_dim, size)
+        assert z is None and dt_bias is None and seq_idx is None and cu_seqlens is None
+        assert not dt_softplus and not return_varlen_states
+        called.append("mamba_chunk_scan_combined")
+        state = x.new_zeros(batch, heads, head_dim, size) if initial_states is None else initial_states
+        y, state = plain_dual(x.float(), dt, A, B[:, :, 0].float(), C[:, :, 0].float(), D, state.float())
+        return (y.to(x.dtype), state) if return_final_states else y.to(x.dtype)
+
+    def causal_conv1d_fn(
+        x,
+        weight,
+        bias=None,
+        seq_idx=None,
+        initial_states=None,
+        return_final_states=False,
+        final_states_out=None,
+        activation=None,
+    ):
+        batch, channels, length = x.shape
+        assert activation == "silu" and x.stride(1) == 1 and channels % 8 == 0
+        assert weight.shape == (channels, weight.shape[1]) and 2 <= weight.shape[1] <= 4 and bias.shape == (channels,)
+        assert weight.dtype == bias.dtype == x.dtype and weight.is_contiguous()
+        assert seq_idx is None and initial_states is None and not return_final_states and final_states_out is None
+        called.append("causal_conv1d_fn")
+        inputs, window = x.transpose(1, 2), x.new_zeros(batch, weight.shape[1] - 1, channels)
+        return plain_conv(inputs, weight, bias, window)[0].transpose(1, 2)
+
+    for name, function in (
+        ("mamba_ssm.ops.selective_scan_interface", selective_scan_fn),
+        ("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined),
+        ("causal_conv1d", causal_conv1d_fn),
+    ):
+        module = types.ModuleType(name)
+        setattr(module, function.__name__, function)
+        for depth in range(1, name.count(".") + 1):
+            package = ".".join(name.split(".")[:depth])
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        monkeypatch.setitem(sys.modules, name, module)
+    state_space._cuda_kernels.cache_clear()
+    # tensors of the CPU stand for those of a GPU
+    monkeypatch.setattr(state_space, "_kernel_for", lambda backend, x: backend)
+    yield called
+    state_space._cuda_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", ["scan", "dual", "conv"])
+def test_kernels_get_the_arguments_that_they_expect(operator, dtype, stand_in_kernels):
+    function, _, make_inputs, names = OPERATORS[operator]
+    inputs = make_inputs(21, **({} if operator == "dual" else {"channels": 16}))
+    inputs[0] = inputs[0].to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    name = {"scan": "selective_scan_fn", "dual": "mamba_chunk_scan_combined", "conv": "causal_conv1d_fn"}[operator]
+
+    def compare(given, **options):
+        results = []
+        for backend in ("torch", "mamba_ssm"):
+
+            def run(*tensors, backend=backend):
+                y, state = function(*tensors, backend=backend, **options)
+                return y, given[0] if state is None else state
+
+            results.append(values_and_gradients(run, given, dtype, names[: len(given)]))
+        assert_close(results[1], results[0], tolerance)
+
+    # with the initial state, which the kernel of Mamba-1 does not take, and without
+    compare(inputs)
+    compare(inputs[:-1])
+    assert stand_in_kernels == ([] if operator == "scan" else [name] * 2)
+    del stand_in_kernels[:]
+    if operator != "conv":
+        compare(inputs[:-1], return_state=False)
+        assert stand_in_kernels == [name]
+    with torch.no_grad():
+        expected, found = (function(*inputs[:-1], backend=backend) for backend in ("torch", "mamba_ssm"))
+    assert found[0].dtype == dtype and stand_in_kernels[-1] == name
+    assert_close(dict(zip("ys", found)), dict(zip("ys", expected)), tolerance)
+
+
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+def test_models_compute_the_same_with_the_kernels(ssm, stand_in_kernels):
+    from hepzoo.modeling.configuration_fm4npp import Fm4nppConfig
+    from hepzoo.modeling.modeling_fm4npp import Fm4nppForPreTraining
+
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 16, "num_neighbors": 2}
+    points, mask = torch.rand(2, 12, 4), torch.ones(2, 12)
+    mask[1, 7:] = 0
+    labels = torch.rand(2, 12, 6).masked_fill(mask[..., None] == 0, -100)
+    results = []
+    for backend in ("torch", "mamba_ssm"):
+        torch.manual_seed(0)
+        model = Fm4nppForPreTraining(Fm4nppConfig(ssm=ssm, kernel_backend=backend, **settings))
+        outputs = model(points, attention_mask=mask, neighbor_labels=labels)
+        outputs.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            first = model(points[:, :5], use_cache=True)
+            second = model(points[:, 5:], attention_mask=mask[:, 5:], cache_params=first.cache_params)
+        pieces = torch.cat([first.predictions, second.predictions], dim=1)
+        results.append({"y": outputs.predictions.detach(), "pieces": pieces, **gradients})
+    assert_close(results[1], results[0], 1e-4)
+    scan = "selective_scan_fn" if ssm == "mamba1" else "mamba_chunk_scan_combined"
+    assert set(stand_in_kernels) == {scan, "causal_conv1d_fn"}
 
 
 # Choice of the backend

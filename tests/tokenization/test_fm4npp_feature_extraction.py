@@ -332,6 +332,7 @@ BAD_ROWS = {
         [{**events((2,))[0], "track_id": np.array([1, 2**64 - 1], dtype=np.uint64)}],
         "row 0: track_id has 18446744073709551615; expected integers of at most 64 bits with sign",
     ),
+    "padding_as_track": (changed("track_id", -100), r"row 1: track_id of point 3 is -100, which marks padding"),
     "labels_of_some": ([events()[0], events(labels=False)[1]], r"row 1: field track_id is missing \(row 0 has it\)"),
     "missing_field": ([{"E": [1.0], "x": [1.0], "y": [1.0]}], "field z is missing; row 0 has E, x, y"),
     "text": ([{**events((2,))[0], "x": ["1", "2"]}], "row 0: x"),
@@ -388,6 +389,20 @@ def test_hostile_settings_are_named(name):
     arguments, message = BAD_SETTINGS[name]
     with pytest.raises(ValueError, match=message):
         Fm4nppFeatureExtractor(**arguments)
+
+
+def test_hostile_saved_bin_edges_are_no_file_name(extractor, tmp_path):
+    """A saved extractor could name any file; only who loads it can."""
+    (tmp_path / "edges.json").write_text(json.dumps(EDGES))
+    settings = {**extractor.to_dict(), "bin_edges": str(tmp_path / "edges.json")}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="saved feature extractor: bin_edges is '.*edges.json', expected the edges"):
+        Fm4nppFeatureExtractor.from_pretrained(tmp_path)
+    loaded = Fm4nppFeatureExtractor.from_pretrained(tmp_path, bin_edges=str(tmp_path / "edges.json"))
+    assert loaded.bin_edges == EDGES
+    # also where the file has none
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"order": "EPR", "num_neighbors": 4}))
+    assert Fm4nppFeatureExtractor.from_pretrained(tmp_path, bin_edges=EDGES).bin_edges == EDGES
 
 
 def test_hostile_arguments_are_named(extractor):

@@ -21,7 +21,14 @@ import hepzoo  # noqa: F401
 from hepzoo import Fm4nppConfig, Fm4nppForPreTraining
 from hepzoo.evaluation import evaluate_tracking
 from hepzoo.evaluation.tracking import adjusted_rand_index, contingency, read_events
-from hepzoo.training import find_tracks, run_npp_pretraining, run_token_classification, run_tracking, tpc_heads
+from hepzoo.training import (
+    find_tracks,
+    run_npp_pretraining,
+    run_token_classification,
+    run_tracking,
+    tpc_heads,
+    tpc_probe,
+)
 from hepzoo.training.data import InputError
 from tests.training_runs import history
 
@@ -122,6 +129,74 @@ def test_pretraining_learns_and_saves_model_and_extractor(data, pretrained):
     assert "AutoFeatureExtractor.from_pretrained" in card and "AutoTokenizer" not in card
 
 
+def test_output_layer_starts_at_the_least_squares_prediction(data, tmp_path):
+    options = ["--config_overrides", BACKBONE, *EXTRACTOR, "--do_train", "--do_eval", "--max_steps", "1"]
+    options += ["--learning_rate", "1e-9"]
+    errors = []
+    for number, more in enumerate(([], ["--fit_output_events", "16"])):
+        output = tmp_path / str(number)
+        assert run_npp_pretraining.main([*flags(data, output), *options, *more]) == 0
+        errors.append(results(output)["eval_mse"])
+    assert errors[1] < 0.2 * errors[0] and errors[1] < results(output)["eval_mse_constant"]
+
+    # no other output layer does better on the events that it was made from, least squares by numpy
+    extractor = AutoFeatureExtractor.from_pretrained(output)
+    collator = run_npp_pretraining.TpcCollator(extractor, "neighbors")
+    rows = make_events(6, seed=11)
+    events = [{name: rows[name][row] for name in "Exyz"} | {"row": row} for row in range(6)]
+    for shift in (0, 2):
+        model = AutoModelForPreTraining.from_pretrained(output, label_shift=shift)
+        run_npp_pretraining.fit_output_layer(model, collator, events, batch_size=4, ridge=1e-12)
+        batch = collator(events)
+        with torch.no_grad():
+            states = model.model(batch["points"], attention_mask=batch["attention_mask"]).last_hidden_state
+        labels = batch["neighbor_labels"][:, shift:]
+        is_full = (labels != -100).all(dim=-1)
+        states = states[:, : labels.shape[1]][is_full].double().numpy()
+        states, labels = np.column_stack([states, np.ones(len(states))]), labels[is_full].double().numpy()
+        best = states @ np.linalg.lstsq(states, labels, rcond=None)[0]
+        weight = torch.cat([model.neighbor_head.weight.T, model.neighbor_head.bias[None]]).detach().double().numpy()
+        assert np.mean((states @ weight - labels) ** 2) < 1.02 * np.mean((best - labels) ** 2)
+
+
+def test_windows_of_long_events(data, tmp_path):
+    """Published as `chunk_training`: one window per event in training, all windows but short remainders otherwise."""
+    extractor = AutoFeatureExtractor.from_pretrained(
+        write_extractor(tmp_path / "extractor"), num_neighbors=3, order="hilbert"
+    )
+    rng = np.random.default_rng(0)
+    events = [{name: rng.uniform(20, 60, size) for name in "Exyz"} | {"row": size} for size in (40, 151, 230, 180)]
+    whole = run_npp_pretraining.TpcCollator(extractor, "neighbors")(events)
+    every = run_npp_pretraining.TpcCollator(extractor, "neighbors", window=60, all_windows=True)(events)
+    spans = [(0, 0, 40), (1, 0, 60), (1, 60, 120), (2, 0, 60), (2, 60, 120), (2, 120, 180), (3, 0, 60), (3, 60, 120)]
+    spans += [(3, 120, 180)]
+    assert every["attention_mask"].sum(dim=1).tolist() == [stop - start for _, start, stop in spans]
+    for index, (event, start, stop) in enumerate(spans):
+        for name in ("points", "neighbor_labels"):
+            assert torch.equal(every[name][index, : stop - start], whole[name][event, start:stop])
+    collator = run_npp_pretraining.TpcCollator(extractor, "neighbors", window=60)
+    starts, lengths = set(), set()
+    for _ in range(200):
+        batch = collator(events[:2])
+        assert batch["attention_mask"][0].sum() == 40
+        length = int(batch["attention_mask"][1].sum())
+        (start,) = (whole["points"][1] == batch["points"][1, 0]).all(dim=1).nonzero()[:, 0].tolist()
+        assert length == min(60, 151 - start)
+        assert torch.equal(batch["neighbor_labels"][1, :length], whole["neighbor_labels"][1, start : start + length])
+        starts.add(start)
+        lengths.add(length)
+    assert min(starts) < 10 and 95 < max(starts) <= 101 and min(lengths) >= 50
+
+    options = ["--config_overrides", BACKBONE, *EXTRACTOR, "--do_train", "--do_eval", "--max_steps", "2"]
+    assert run_npp_pretraining.main([*flags(data, tmp_path / "run"), *options, "--window", "50"]) == 0
+    assert 0 < results(tmp_path / "run")["eval_mse"] < 10
+
+
+def write_extractor(folder: Path) -> Path:
+    hepzoo.Fm4nppFeatureExtractor(order="none").save_pretrained(folder)
+    return folder
+
+
 def test_pretraining_resumes_with_the_losses_of_an_uninterrupted_run(data, tmp_path, monkeypatch):
     train = ["--config_overrides", BACKBONE, *EXTRACTOR, "--do_train", "--max_steps", "7"]
     train += ["--save_strategy", "steps", "--save_steps", "3"]
@@ -177,6 +252,38 @@ def test_tracking_with_a_frozen_backbone(pretrained, tracker):
     model = AutoModelForInstanceSegmentation.from_pretrained(tracker)
     assert not any(p.requires_grad for p in model.model.parameters())
     assert AutoFeatureExtractor.from_pretrained(tracker).order == "none"
+
+
+def test_tracking_with_a_joint_head(data, pretrained, tmp_path):
+    head = f"{HEAD},joint_head=true"
+    options = ["--model_name_or_path", str(pretrained), "--config_overrides", head, "--do_train", "--do_eval"]
+    options += ["--num_train_epochs", "4", "--learning_rate", "5e-3", "--cache_block_outputs", "1"]
+    assert run_tracking.main([*flags(data, tmp_path / "joint"), *options]) == 0
+    values = results(tmp_path / "joint")
+    assert values["eval_ari"] > 0.3
+    model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "joint").eval()
+    assert model.config.joint_head
+    collator = tpc_heads.TpcCollator(AutoFeatureExtractor.from_pretrained(tmp_path / "joint"), "joint")
+    rows = make_events(8, seed=12)
+    batch = collator([{name: rows[name][row] for name in rows} | {"row": row} for row in range(8)])
+    with torch.no_grad():
+        terms = model(**batch).joint_loss_terms
+    # the head says all there is to say, in the order of the input
+    output = tmp_path / "found.parquet"
+    arguments = ["--model", str(tmp_path / "joint"), "--input", write(tmp_path / "events.parquet", rows)]
+    assert find_tracks.main([*arguments, "--output", str(output), "--batch_size", "3"]) == 0
+    found = pq.read_table(output).to_pydict()
+    with torch.no_grad():
+        noise = model(batch["points"], attention_mask=batch["attention_mask"]).noise_logits.argmax(dim=-1).tolist()
+    order = collator.extractor([{name: rows[name][row] for name in "Exyz"} for row in range(8)], padding=False)["order"]
+    for row in range(8):
+        assert np.array_equal(np.asarray(found["predicted_noise"][row])[order[row]], noise[row][: len(order[row])])
+    for tracks, particles in zip(found["predicted_track_id"], found["predicted_pid"]):
+        # one particle per track, none of the class of no track
+        assert len({*zip(tracks, particles)}) == len(set(tracks)) and set(particles) <= set(range(5))
+
+    # better than a guess: the logarithm of 6 for each of some three tracks, of 2 for every point
+    assert terms[0] == 0 and terms[1] < 4 and terms[2] < 0.6
 
 
 def test_kept_block_outputs_change_nothing(data, pretrained, tmp_path):
@@ -282,6 +389,21 @@ def test_find_tracks_keeps_rows_and_order(data, tracker, tmp_path, capsys):
     assert len(pq.read_table(output)) == 4
 
 
+def test_find_tracks_reads_large_lists(tracker, tmp_path):
+    rows = make_events(3, seed=9)
+    rows["noise"] = [[bool(value) for value in values] for values in rows["noise"]]
+    table = pa.table(rows)
+    large = [column.cast(pa.large_list(column.type.value_type)) for column in table.columns]
+    found = []
+    for number, events in enumerate((table, pa.table(large, names=table.column_names))):
+        path, output = tmp_path / f"{number}.parquet", tmp_path / f"found{number}.parquet"
+        pq.write_table(events, path)
+        assert find_tracks.main(["--model", str(tracker), "--input", str(path), "--output", str(output)]) == 0
+        found.append(pq.read_table(output)["predicted_track_id"].to_pylist())
+    assert found[0] == found[1]
+    assert evaluate_tracking.main(["--input", str(output)]) == 0
+
+
 def test_find_tracks_leaves_out_long_events(tracker, tmp_path):
     rows = make_events(3, seed=7)
     extractor = AutoFeatureExtractor.from_pretrained(tracker)
@@ -292,6 +414,50 @@ def test_find_tracks_leaves_out_long_events(tracker, tmp_path):
     assert find_tracks.main(arguments) == 2 and not output.exists()
     assert find_tracks.main([*arguments, "--drop_long_events"]) == 0
     assert len(pq.read_table(output)) == 2
+
+
+# ---- straight lines from the features
+
+
+def test_lines_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    features, other = (torch.from_numpy(rng.normal(3, [1, 20, 0.1], (size, 3))).float() for size in (400, 50))
+    targets = features @ torch.tensor([[1.0, 0], [0.2, 1], [-5, 2]]) + torch.from_numpy(rng.normal(size=(400, 2)))
+    found = tpc_probe.fit_line(features, targets, other).numpy()
+    ones = [np.column_stack([values, np.ones(len(values))]) for values in (features.double(), other.double())]
+    expected = ones[1] @ np.linalg.lstsq(ones[0], targets.double().numpy(), rcond=None)[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    # a feature that never changes is no trouble
+    assert tpc_probe.fit_line(torch.ones(9, 1), torch.ones(9, 1), torch.ones(2, 1)).isfinite().all()
+
+
+def test_probe_of_features(data, pretrained, capsys):
+    files = ["--train", str(data / "train.parquet"), "--test", str(data / "validation.parquet")]
+    assert tpc_probe.main(["--models", str(pretrained), "--random_models", "1", *files, "--batch_size", "5"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = [(line[0].strip("| "), line[1]) for line in lines]
+    sets = ["mixture", "normalized", "last", "all"]
+    assert names == [(name, features) for name in (str(pretrained), "random 1") for features in sets]
+    numbers = {name: [float(number.strip("| ")) for number in line[2:]] for name, line in zip(names, lines)}
+    for name in (str(pretrained), "random 1"):
+        all_blocks, last = numbers[name, "all"], numbers[name, "last"]
+        # coordinates can be read from all blocks, and a line from more numbers fits better
+        assert all_blocks[3] > 0.5 and all_blocks[3] > last[3] - 0.05
+        assert 0.5 < all_blocks[0] <= 1 and 0 < all_blocks[1] <= 1
+
+
+def test_hostile_probes(data, pretrained, tmp_path, capsys):
+    good = ["--models", str(pretrained), "--train", str(data / "train.parquet")]
+    cases = [
+        ([*good, "--test", str(data / "unlabeled.parquet")], "column 'noise' is missing"),
+        ([*good, "--test", str(data / "none.parquet")], "none.parquet"),
+        ([*good, "--test", str(data / "train.parquet"), "--train_events", "0"], "--train_events is 0"),
+        (["--models", str(tmp_path), *good[2:], "--test", str(data / "train.parquet")], "no model that can be loaded"),
+    ]
+    for arguments, message in cases:
+        assert tpc_probe.main(arguments) == 2
+        output = capsys.readouterr()
+        assert message in output.err and output.err.count("\n") == 1 and not output.out
 
 
 # ---- malformed input
@@ -314,6 +480,8 @@ def test_hostile_options(data, pretrained, tmp_path):
             "num_neighbors is 5, the model has 7",
         ),
         (run_npp_pretraining, [*scratch, "--feature_extractor_overrides", "order=zigzag"], "order must be one of"),
+        (run_npp_pretraining, [*scratch, "--window", "49"], "--window: is 49, expected at least 50"),
+        (run_npp_pretraining, [*trained, "--fit_output_events", "8"], "--fit_output_events: the output layer of"),
         (run_tracking, [*trained, "--no_freeze_backbone", "--cache_block_outputs", "1"], "--cache_block_outputs"),
         (run_tracking, [*trained, "--cache_block_outputs", "1", "--dataloader_num_workers", "2"], "not with --stream"),
         (run_tracking, [*trained, "--do_predict"], "training/find_tracks.py writes predictions"),
