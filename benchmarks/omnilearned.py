@@ -255,9 +255,9 @@ def benchmark_scaling(sizes: list[int], jets_per_particle: int = 1024, published
 
 def benchmark_generation(arguments: argparse.Namespace) -> dict:
     """
-    Jets with the published sampler (midpoint, 127 steps), and ours also with the default number of steps; network of the
-    published JetNet generators. The published way is timed over `--points` steps, all of which cost the same, and
-    multiplied.
+    Jets with the published sampler (midpoint, 127 steps), and ours also with the default number of steps. The network
+    is that of the published JetNet generators. The published way is timed over `--points` steps, all of which cost the
+    same, and multiplied.
     """
     from hepzoo.modeling.flow_sampling import midpoint_step
 

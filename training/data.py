@@ -226,7 +226,7 @@ def load_raw_datasets(
 
     Args:
         columns: see `load_split`.
-        repeat: make the stream endless. With `encode_dataset`, which does so itself, it must not be.
+        repeat: make the stream endless. Not before rows are dropped: a pass without any left would never end.
 
     Raises:
         InputError: data is missing or unreadable.

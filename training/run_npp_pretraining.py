@@ -214,9 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_last_checkpoint(training_args) if training_args.do_train else None
 
     config = load_tpc_config(model_args, tpc_args)
-    raw = load_raw_datasets(data_args, training_args, model_args, columns=POINT_COLUMNS)
+    raw = load_raw_datasets(data_args, training_args, model_args, columns=POINT_COLUMNS, repeat=False)
     extractor = load_feature_extractor(model_args, tpc_args, config, raw.train)
-    prepare_events(raw, "neighbors", extractor, tpc_args.drop_long_events)
+    prepare_events(raw, "neighbors", extractor, data_args, training_args, tpc_args.drop_long_events)
     model = load_model(AutoModelForPreTraining, model_args, config)
     logger.info(
         f"{type(model).__name__}: {model.num_parameters():,} parameters, "

@@ -1,19 +1,19 @@
 """TPC events for the training scripts: feature extractor, lengths, and batches extracted on the way."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
+from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig, TrainingArguments
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 from transformers.utils import logging
 
 from hepzoo.training.common import ModelArguments
-from hepzoo.training.data import InputError, RawDatasets, parse_assignments
+from hepzoo.training.data import DataTrainingArguments, InputError, RawDatasets, endless, parse_assignments
 
 logger = logging.get_logger(__name__)
 
@@ -149,10 +149,39 @@ def load_feature_extractor(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare_events(raw: RawDatasets, target: str, extractor: Any, drop_long: bool = False) -> None:
+@dataclass
+class ShortEvents:
+    """
+    Filter of a stream: whether an event has at most `max_points` points. Ends a pass that has no such event: an endless
+    stream would be read forever.
+    """
+
+    max_points: int
+    events: int = 0
+    kept: int = 0
+
+    def __call__(self, record: Mapping[str, Any]) -> bool:
+        if record["row"] == 0:
+            if self.events and not self.kept:
+                raise InputError(f"no event of {self.events} in the stream has at most {self.max_points} points")
+            self.events = self.kept = 0
+        is_short = len(record["E"]) <= self.max_points
+        self.events += 1
+        self.kept += is_short
+        return is_short
+
+
+def prepare_events(
+    raw: RawDatasets,
+    target: str,
+    extractor: Any,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    drop_long: bool = False,
+) -> None:
     """
     Keeps the columns that `target` needs, in place, and adds `row`, and `num_points` for
-    `--train_sampling_strategy group_by_length`. Lists become arrays.
+    `--train_sampling_strategy group_by_length`. Lists become arrays, a stream to train on becomes endless.
 
     Args:
         target: of `TARGETS`.
@@ -174,7 +203,9 @@ def prepare_events(raw: RawDatasets, target: str, extractor: Any, drop_long: boo
         if isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = dataset.map(lambda record, index: {"row": index}, with_indices=True)
             if drop_long:
-                dataset = dataset.filter(lambda record: len(record["E"]) <= extractor.max_points)
+                dataset = dataset.filter(ShortEvents(extractor.max_points))
+            if split == "train":
+                dataset = endless(dataset, data_args, training_args)
         else:
             lengths = _num_points(dataset)
             dataset = dataset.add_column("row", np.arange(len(dataset))).add_column("num_points", lengths)

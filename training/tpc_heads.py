@@ -18,6 +18,7 @@ from hepzoo.training.common import (
     load_model,
     optimizer_arguments,
     prepare_run,
+    train_and_evaluate,
 )
 from hepzoo.training.data import DataTrainingArguments, InputError, load_raw_datasets, parse_assignments
 from hepzoo.training.tpc_data import (
@@ -137,9 +138,9 @@ def train_head(
     config = load_tpc_config(model_args, tpc_args)
     target = "joint" if target == "tracks" and config.joint_head else target
     training_args.label_names = [argument for _, _, argument in TARGETS[target]]
-    raw = load_raw_datasets(data_args, training_args, model_args)
+    raw = load_raw_datasets(data_args, training_args, model_args, repeat=False)
     extractor = load_feature_extractor(model_args, tpc_args, config, raw.train)
-    prepare_events(raw, target, extractor, tpc_args.drop_long_events)
+    prepare_events(raw, target, extractor, data_args, training_args, tpc_args.drop_long_events)
     model = load_model(auto_class, model_args, config)
     if freeze_backbone and model_args.model_name_or_path is None:
         logger.warning("the frozen backbone has random weights, set --model_name_or_path for a pre-trained one")
@@ -174,20 +175,7 @@ def train_head(
         "datasets": data_args.dataset_name,
     }
 
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        if not data_args.streaming:
-            metrics["train_samples"] = trainer.card["train_samples"] = len(raw.train)
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    if training_args.do_eval:
-        metrics = trainer.evaluate()
-        metrics["eval_samples"] = len(raw.validation)
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        trainer.card["metrics"] = metrics
+    train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
 

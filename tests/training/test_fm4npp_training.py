@@ -519,6 +519,12 @@ def test_hostile_events(data, pretrained, tracker, tmp_path, capsys):
             (run_npp_pretraining, empty, [], "training data: row 2: no points"),
             (run_npp_pretraining, long, [], r"training data: row \d: \d+ points; expected at most 3200"),
             (run_npp_pretraining, long, ["--drop_long_events"], "train data: no event has at most 3200 points"),
+            (
+                run_npp_pretraining,
+                long,
+                ["--drop_long_events", "--streaming", "--max_steps", "2"],
+                "no event of 6 in the stream has at most 3200 points",
+            ),
         ]
     ):
         output = tmp_path / str(number)
