@@ -541,7 +541,10 @@ class OmniJetDecoder:
             query_weight = attention.q_proj.weight * attention.head_dim**-0.5
             weights = torch.cat([query_weight, attention.k_proj.weight, attention.v_proj.weight])
             self.qkv_weights.append(weights.t().contiguous())
-        self.output_weight = model.lm_head.weight.t().contiguous()
+        weight = model.lm_head.weight.t()
+        # rows that begin at multiples of 64 numbers are read faster
+        rows = weight.new_empty(weight.shape[0], -(-weight.shape[1] // 64) * 64)
+        self.output_weight = rows[:, : weight.shape[1]].copy_(weight)
         self.output_bias = model.lm_head.bias
 
     def forbid(self, token_ids: torch.LongTensor):
