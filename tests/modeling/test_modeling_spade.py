@@ -1656,7 +1656,7 @@ def test_generation_settings_are_saved_with_the_model(tmp_path):
             {"inputs": torch.full((4, 12, 3), 3), "hit_energy": torch.zeros(4, 12), "num_hits": 4},
             ["num_hits", "4", "prompt"],
         ),
-        ({"num_beams": 3}, ["BEAM"]),
+        ({"num_beams": 3}, ["generation mode"]),
     ],
     ids=str,
 )  # fmt: skip
