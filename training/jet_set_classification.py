@@ -10,10 +10,8 @@ from transformers.utils import logging
 from hepzoo.training.common import (
     ModelArguments,
     binary_scores,
-    describe_data,
     find_last_checkpoint,
     finish,
-    optimizer_arguments,
     prepare_run,
     train_and_evaluate,
     write_parquet,
@@ -107,16 +105,10 @@ def train_set_classifier(
         data_args,
         training_args,
         checkpoint,
-        optimizer_arguments(model_args, training_args),
+        script="run_classification.py",
+        auto_class="AutoModelForSequenceClassification",
         compute_metrics=compute_metrics,
     )
-    trainer.card = {
-        "script": "run_classification.py",
-        "auto_class": "AutoModelForSequenceClassification",
-        "processor_class": "AutoFeatureExtractor",
-        "data": describe_data(data_args),
-        "datasets": data_args.dataset_name,
-    }
     train_and_evaluate(trainer, checkpoint)
     if training_args.do_predict:
         has_labels = any(name in kept for name in extractor.label_names)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hepzoo.tokenization.jet_features import FOUR_MOMENTUM
 from hepzoo.training.callbacks import EMACallback, LossParts
-from hepzoo.training.common import ModelArguments, PhysicsTrainer
+from hepzoo.training.common import ModelArguments, PhysicsTrainer, describe_data, optimizer_arguments
 from hepzoo.training.data import InputError, RawDatasets, find_files, parse_assignments
 from hepzoo.training.lion import NEW_LAYERS, Lion, parameter_groups
 from hepzoo.training.tpc_data import renumber_row
@@ -400,15 +400,16 @@ def make_set_trainer(
     data_args: Any,
     training_args: Any,
     checkpoint: str | None,
-    optimizer: tuple[type, dict] | None,
+    script: str,
+    auto_class: str,
     **kwargs: Any,
 ) -> JetSetTrainer:
     """
-    The trainer of a model of sets.
+    The trainer of a model of sets, with what its model card says.
 
     Args:
         checkpoint: that the run resumes from.
-        optimizer: of `optimizer_arguments`.
+        script, auto_class: names for the card: what trains, and what loads the model.
         kwargs: of `Trainer`.
     """
     callbacks: list[Any] = [LossParts()]
@@ -417,6 +418,7 @@ def make_set_trainer(
             callbacks.append(EMACallback(set_args.ema_decay, resume_from=checkpoint))
         except ValueError as error:
             raise InputError(f"--ema_decay: {error}") from None
+    optimizer = optimizer_arguments(model_args, training_args)
     is_lion = optimizer is not None and optimizer[0] is Lion
     trainer = JetSetTrainer(
         model=model,
@@ -436,6 +438,13 @@ def make_set_trainer(
         trainer.lion = {"betas": optimizer[1]["betas"]}
     trainer.head_lr_factor = set_args.head_lr_factor
     trainer.new_layers = getattr(model, "new_weights", ()) or NEW_LAYERS
+    trainer.card = {
+        "script": script,
+        "auto_class": auto_class,
+        "processor_class": "AutoFeatureExtractor",
+        "data": describe_data(data_args),
+        "datasets": data_args.dataset_name,
+    }
     return trainer
 
 

@@ -13,11 +13,9 @@ from transformers.utils import logging
 import hepzoo  # noqa: F401 - registers the families
 from hepzoo.training.common import (
     ModelArguments,
-    describe_data,
     find_last_checkpoint,
     finish,
     make_parser,
-    optimizer_arguments,
     parse_arguments,
     prepare_run,
     run_script,
@@ -109,15 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         data_args,
         training_args,
         checkpoint,
-        optimizer_arguments(model_args, training_args),
+        script="run_flow_matching.py",
+        auto_class="AutoModelForPreTraining",
     )
-    trainer.card = {
-        "script": "run_flow_matching.py",
-        "auto_class": "AutoModelForPreTraining",
-        "processor_class": "AutoFeatureExtractor",
-        "data": describe_data(data_args),
-        "datasets": data_args.dataset_name,
-    }
     train_and_evaluate(trainer, checkpoint)
     finish(trainer, training_args)
     return 0
